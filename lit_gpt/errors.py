@@ -1,0 +1,23 @@
+"""One clear line instead of a traceback: errors that the user can mend."""
+
+import functools
+import sys
+from typing import Callable
+
+
+class UserError(Exception):
+    """Something the user gave or keeps is wrong. The message says what, where, and what to do; the program ends with exit code 2."""
+
+
+def exit_on_user_error(main: Callable) -> Callable:
+    """Wrap a program's entry so that a UserError prints `error: <message>` and exits with code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return wrapped
