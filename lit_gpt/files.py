@@ -1,0 +1,44 @@
+"""Writing files so that a kill at any instant leaves the old content or the new, never a mixture."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes before renaming to `path`: the same folder, so that the rename is atomic."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path`: temporary file, fsync, rename."""
+    temporary = temporary_name(path)
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sha256_of_file(path: Path, skip: int = 0, on_bytes: Optional[Callable[[int], None]] = None) -> str:
+    """Hex SHA-256 of a file after its first `skip` bytes. `on_bytes` hears the size of each part as it is read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(skip)
+        while part := file.read(1 << 22):
+            digest.update(part)
+            if on_bytes:
+                on_bytes(len(part))
+    return digest.hexdigest()
