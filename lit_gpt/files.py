@@ -1,10 +1,11 @@
 """Writing files so that a kill at any instant leaves the old content or the new, never a mixture."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 
 def sync_folder(folder: Path) -> None:
@@ -42,3 +43,8 @@ def sha256_of_file(path: Path, skip: int = 0, on_bytes: Optional[Callable[[int],
             if on_bytes:
                 on_bytes(len(part))
     return digest.hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` to `path` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,0 +1,126 @@
+"""The Gated DeltaNet-2 layer."""
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt.config import GDN2Config
+from lit_gpt.documents import Documents
+from lit_gpt.ops.gdn2 import chunk_gdn2, fused_recurrent_gdn2
+from lit_gpt.ops.rms_norm import RMSNorm
+from lit_gpt.ops.short_conv import short_conv
+
+
+class ShortConvolution(nn.Module):
+    """Taps of a causal depthwise convolution, weight [C, W]."""
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+
+class RecurrentCache:
+    """State [B, HV, K, V] in fp32 and the last W-1 inputs of the convolution [B, W-1, C]: all that GDN-2 keeps of the past."""
+
+    def __init__(self, state: Tensor, inputs: Tensor):
+        self.state, self.inputs = state, inputs
+
+    def advance(self, inputs: Tensor, state: Tensor) -> None:
+        """Take in the convolution inputs [B, T, C] of the new tokens and the state after them."""
+        self.inputs.copy_(torch.cat([self.inputs, inputs.to(self.inputs.dtype)], dim=1)[:, inputs.shape[1] :])
+        self.state.copy_(state)
+
+
+class GatedDeltaNet2(nn.Module):
+    """Gated Delta Rule-2 token mixer (arXiv 2605.22791, eq. 10 and fig. 1), x [B, T, D] -> y [B, T, D].
+
+        S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T,   o_t = S_t^T q_t / sqrt(K)
+
+    q, k, v: linear, causal convolution, SiLU (q, k then L2-normed). g = -exp(A_log) softplus(f + dt_bias), b and w sigmoids, each
+    from a linear branch. The output is RMS-normed per head, times a gate, and projected. One matrix makes all branches of x.
+    """
+
+    def __init__(self, n_embd: int, config: GDN2Config, norm_eps: float):
+        super().__init__()
+        self.config = config
+        H, HV, K, V = config.num_heads, config.value_heads, config.head_dim, config.value_dim
+        decay_size = HV * K if config.decay == "channel" else HV
+        decay_low = config.decay_rank if config.decay == "channel" else HV
+        erase_size = HV * K if config.erase == "channel" else HV
+        write_size = {"channel": HV * V, "scalar": HV, "tied": 0}[config.write]
+        self.branches = [2 * H * K + HV * V, decay_low, erase_size, write_size, config.output_gate_rank or HV * V]
+
+        self.in_proj = nn.Linear(n_embd, sum(self.branches), bias=False)
+        self.conv = ShortConvolution(self.branches[0], config.conv_size)
+        self.decay_up = nn.Linear(decay_low, decay_size, bias=False) if config.decay == "channel" else nn.Identity()
+        self.gate_up = nn.Linear(config.output_gate_rank, HV * V) if config.output_gate_rank else nn.Identity()
+        self.A_log = nn.Parameter(torch.empty(HV))
+        self.dt_bias = nn.Parameter(torch.empty(decay_size))
+        self.o_norm = RMSNorm(V, norm_eps)
+        self.o_proj = nn.Linear(HV * V, n_embd, bias=False)
+
+    def reset_parameters(self) -> None:
+        """A uniform in [1, 16]; softplus(dt_bias) log-uniform in [0.001, 0.1], without which recall is slow to be learned."""
+        nn.init.uniform_(self.A_log, 1, 16)
+        with torch.no_grad():
+            self.A_log.log_()
+            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, x: Tensor, documents: Optional[Documents] = None, cache: Optional[RecurrentCache] = None) -> Tensor:
+        qkv, decay, erase, write, gate = self.in_proj(x).split(self.branches, dim=-1)
+        q, k, v = self._convolve(qkv, documents, cache)
+        g, b, w = self._gates(self.decay_up(decay), erase, write)
+        if cache is None:
+            o, _ = chunk_gdn2(
+                q, k, v, g, b, w, use_qk_l2norm_in_kernel=True, cu_seqlens=None if documents is None else documents.cu_seqlens
+            )
+        else:
+            step = fused_recurrent_gdn2 if x.shape[1] == 1 else chunk_gdn2
+            o, state = step(
+                q, k, v, g, b, w, initial_state=cache.state, output_final_state=True, use_qk_l2norm_in_kernel=True
+            )
+            cache.advance(qkv, state)
+        activation = F.silu if self.config.output_gate == "silu" else torch.sigmoid
+        o = self.o_norm(o) * activation(self.gate_up(gate)).view_as(o)
+        return self.o_proj(o.flatten(2))
+
+    def _convolve(self, qkv: Tensor, documents: Optional[Documents], cache: Optional[RecurrentCache]) -> list[Tensor]:
+        """Inputs [B, T, C] -> q, k [B, T, H, K], v [B, T, HV, V]."""
+        c = self.config
+        positions = None if documents is None else documents.positions
+        qkv = short_conv(qkv, self.conv.weight, positions, None if cache is None else cache.inputs)
+        q, k, v = qkv.split([c.num_heads * c.head_dim] * 2 + [c.value_heads * c.value_dim], dim=-1)
+        return [q.unflatten(-1, (c.num_heads, -1)), k.unflatten(-1, (c.num_heads, -1)), v.unflatten(-1, (c.value_heads, -1))]
+
+    def _gates(self, decay: Tensor, erase: Tensor, write: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Branches [B, T, .] -> g, b [B, T, HV, K], w [B, T, HV, V]; the decay in fp32 at least."""
+        c, heads = self.config, (self.config.value_heads, -1)
+        shape = (*decay.shape[:2], c.value_heads)
+        wide = torch.promote_types(decay.dtype, torch.float32)
+        g = -self.A_log.to(wide).exp()[:, None] * F.softplus(decay.to(wide) + self.dt_bias).unflatten(-1, heads)
+        b = torch.sigmoid(erase).unflatten(-1, heads) * c.erase_range
+        w = b if c.write == "tied" else torch.sigmoid(write).unflatten(-1, heads)
+        return g.expand(*shape, c.head_dim), b.expand(*shape, c.head_dim), w.expand(*shape, c.value_dim)
+
+    def new_cache(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> RecurrentCache:
+        """The state before the first token; its size does not depend on max_length."""
+        c = self.config
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        state = torch.zeros(batch_size, c.value_heads, c.head_dim, c.value_dim, device=device, dtype=state_dtype)
+        inputs = torch.zeros(batch_size, c.conv_size - 1, self.branches[0], device=device, dtype=dtype)
+        return RecurrentCache(state, inputs)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward FLOPs of the chunkwise algorithm with C = 64, masked halves left out."""
+        c, C = self.config, 64
+        with_state = 6 * c.head_dim * c.value_dim
+        within_chunk = 2 * C * c.head_dim + 2 * C * c.value_dim + C * C / 3
+        return c.value_heads * (with_state + within_chunk)

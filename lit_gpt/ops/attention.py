@@ -1,0 +1,106 @@
+"""Causal softmax attention, over all past tokens or over a sliding window, exact and without a [T, T] mask for windows.
+
+flash-attn where it is installed and applies (CUDA, 16-bit); PyTorch's scaled_dot_product_attention everywhere else, where a window of W
+tokens runs as blocks of W queries against the 2W keys that they can see.
+"""
+
+import importlib.util
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The attention that tensors of this device and dtype get: `flash-attn` or `sdpa`."""
+    installed = importlib.util.find_spec("flash_attn") is not None
+    return "flash-attn" if installed and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else "sdpa"
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: Optional[int] = None, document_ids: Optional[Tensor] = None
+) -> Tensor:
+    """Each query sees itself and the past; the queries are the last T of the S keys' positions.
+
+    Args:
+        q: queries [B, T, H, D].
+        k, v: keys and values [B, S, G, D], S >= T, G a divisor of H.
+        window: tokens seen, the query's own included; None: all.
+        document_ids: document of each token [T], which confines attention to one document; needs S == T.
+
+    Returns:
+        [B, T, H, D].
+    """
+    T, S = q.shape[1], k.shape[1]
+    window = S if window is None else min(window, S)
+    if document_ids is None and backend(q.device, q.dtype) == "flash-attn":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+    if T == S and window < T:
+        return _windowed(q, k, v, window, document_ids)
+    if T == S and document_ids is None:
+        return _sdpa(q, k, v, causal=True)
+    return _sdpa(q, k, v, mask=_mask(T, S, window, q.device, document_ids))
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, document_ids: Optional[Tensor]) -> Tensor:
+    """Blocks of `window` queries against the same block of keys and the one before."""
+    B, T, H, D = q.shape
+    first = causal_attention(
+        q[:, :window], k[:, :window], v[:, :window], document_ids=None if document_ids is None else document_ids[:window]
+    )
+    padding = -T % window
+    if padding:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+        document_ids = None if document_ids is None else F.pad(document_ids, (0, padding), value=-1)
+    blocks = (T + padding) // window - 1
+    queries = q[:, window:].reshape(B * blocks, window, H, D)
+    keys, values = (
+        x.unfold(1, 2 * window, window).movedim(-1, 2).reshape(B * blocks, 2 * window, *x.shape[2:]) for x in (k, v)
+    )
+    if document_ids is None:
+        mask = _mask(window, 2 * window, window, q.device)
+    else:
+        ids = document_ids.unfold(0, 2 * window, window)  # one row for each block; a batch of documents is packed, so B = 1
+        mask = torch.stack([_mask(window, 2 * window, window, q.device, row) for row in ids])[:, None]
+    rest = _sdpa(queries, keys, values, mask=mask).reshape(B, blocks * window, H, D)
+    return torch.cat([first, rest[:, : T - window]], dim=1)
+
+
+def _mask(T: int, S: int, window: int, device: torch.device, document_ids: Optional[Tensor] = None) -> Tensor:
+    """Which of S keys the last T positions may see, [T, S]."""
+    i = torch.arange(S - T, S, device=device)[:, None]
+    j = torch.arange(S, device=device)[None]
+    mask = (j <= i) & (j > i - window)
+    if document_ids is not None:
+        mask = mask & (document_ids[S - T :, None] == document_ids)
+    return mask
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor] = None, causal: bool = False) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Rotary positions (arXiv 2104.09864) on all channels, turning channel i with channel i + D/2."""
+
+    def __init__(self, head_dim: int, base: float):
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+
+    def forward(self, q: Tensor, k: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """q, k [B, T, H, D] at positions start, start + 1, ... -> the same, turned; angles in fp32."""
+        channel = torch.arange(0, self.head_dim, 2, device=q.device, dtype=torch.float32)
+        position = torch.arange(start, start + q.shape[1], device=q.device, dtype=torch.float32)
+        angle = torch.outer(position, self.base ** (-channel / self.head_dim))[:, None]
+        cos, sin = angle.cos(), angle.sin()
+        return _turn(q, cos, sin), _turn(k, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,74 @@
+"""Every flag of pretrain.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+from data import DataArgs
+from lit_gpt.training.optimizer import OptimizerArgs
+from lit_gpt.training.schedule import ScheduleArgs
+
+
+@dataclass(kw_only=True)
+class RecipeArgs:
+    train_config: str
+    """Training recipe: a file of configs/train, or a name tsz<sequences>x<length>_<tokens> such as tsz128x4k_100B."""
+    sequences_per_batch: Optional[int] = None
+    """Sequences in a global batch, on any number of GPUs; by default what train_config says."""
+    sequence_length: Optional[int] = None
+    """Tokens in a training sequence; by default what train_config says."""
+    total_tokens: Optional[int] = None
+    """Tokens of the whole run; by default what train_config says."""
+    micro_batch_size: int = 0
+    """Sequences in one forward pass on one GPU; changes speed and memory, not the result. 0: the largest that divides the batch and holds at most 16,384 tokens."""
+    seed: int = 3407
+    """Seed of the initialisation and of the data order."""
+
+
+@dataclass(kw_only=True)
+class RunArgs:
+    model_name: str
+    """Model: a file of configs/models, or the path of a YAML file."""
+    output_root: Path
+    """Where runs are kept: this one in <output_root>/outputs/<train_config>_<exp_name>. The same command again resumes it."""
+    exp_name: str
+    """Name of the experiment."""
+    interactive_job: bool = False
+    """Use this machine's GPUs (or its CPU) directly, whatever the scheduler's environment says."""
+    debug: bool = False
+    """A short fresh run in a folder of its own (<...>_debug, replaced each time): a few steps of two micro-batches, one evaluation, one checkpoint, anomaly detection, no loader thread, loggers offline."""
+    dry_run: bool = False
+    """Resolve, count and check everything, print it, and stop before anything is written."""
+    nnodes: int = 1
+    """Machines."""
+    devices: str = "auto"
+    """GPUs (or CPU processes) on each machine."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """What to train on; auto: the GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class RecordArgs:
+    log_step_interval: int = 10
+    """Steps between two log lines."""
+    eval_step_interval: int = 1000
+    """Steps between two evaluations; the last step is always evaluated."""
+    save_step_interval: int = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep."""
+    eval_iters: int = 15
+    """Validation batches, each of 8 blocks, per evaluation; 0: the whole validation split."""
+    num_extrapol: int = 4
+    """Length of a validation block over the training length; losses are read at 1x, 2x, ... of it in one pass."""
+    wandb_project: Optional[str] = None
+    """Weights & Biases project to log to besides metrics.jsonl."""
+    wandb_dir: Optional[Path] = None
+    """Where wandb keeps its files; by default the run folder."""
+    exp_group: Optional[str] = None
+    """Weights & Biases group."""
+
+
+@dataclass(kw_only=True)
+class PretrainArgs(DataArgs, RunArgs, RecipeArgs, ScheduleArgs, OptimizerArgs, RecordArgs):
+    """Flags of pretrain.py."""
