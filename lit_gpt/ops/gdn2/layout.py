@@ -71,7 +71,7 @@ class ChunkLayout:
 
     def to_scan_order(self, state: torch.Tensor) -> torch.Tensor:
         """A copy of the states [N, ...] in the order of the scan, longest sequence first."""
-        return state[self.order]
+        return state[self.order].contiguous()
 
     def from_scan_order(self, state: torch.Tensor) -> torch.Tensor:
         """The inverse of `to_scan_order`."""
