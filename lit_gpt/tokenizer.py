@@ -109,8 +109,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_folder: "str | os
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot train a tokenizer of {vocab_size} pieces: {reason} Choose another size.") from error
+        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        raise UserError(f"cannot train a tokenizer of {vocab_size} pieces on this text: {reason}") from error
     out_folder = Path(out_folder)
     out_folder.mkdir(parents=True, exist_ok=True)
     write_atomically(out_folder / "tokenizer.model", model.getvalue())
@@ -152,11 +152,11 @@ class _SentencePiece:
         self.mark_spelling = spelling if keeps_spaces and has_bytes else None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        batch = self.model.encode(texts)
+        batch = self.model.encode(texts, num_threads=1)
         if self.mark_spelling:
             for i, text in enumerate(texts):
                 if SPACE_MARK in text:
-                    first, *rest = self.model.encode(text.split(SPACE_MARK))
+                    first, *rest = self.model.encode(text.split(SPACE_MARK), num_threads=1)
                     batch[i] = first + [i for part in rest for i in self.mark_spelling + part]
         return batch
 

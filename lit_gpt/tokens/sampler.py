@@ -90,6 +90,7 @@ class Sampler:
         epochs = (numbers // self.num_sequences).astype(np.uint64)
         index = (numbers % self.num_sequences).astype(np.uint64)
         seed_key = mix64(np.full(1, self.seed, dtype=np.uint64) + np.uint64(GOLDEN_GAMMA))
-        keys = mix64(seed_key + mix64(epochs + np.uint64(GOLDEN_GAMMA)))
+        # SplitMix64's stream from that key, one number an epoch. A plain sum would let seed and epoch trade places.
+        keys = mix64(seed_key + (epochs + np.uint64(1)) * np.uint64(GOLDEN_GAMMA))
         starts = permute(index, self.num_sequences, keys).astype(np.int64) * self.sequence_length
         return starts if np.ndim(g) else int(starts[0])

@@ -1,0 +1,481 @@
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data import TrainData, ValidationData, check_same_tokenizer, check_vocabulary
+from lit_gpt.errors import UserError
+from lit_gpt.tokenizer import Tokenizer, train_tokenizer
+from lit_gpt.tokens import prepare
+from lit_gpt.tokens.corpus import Corpus
+from lit_gpt.tokens.sources import documents, list_units
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+WORDS = ["state", "of", "delta", "rule", "erased", "gates", "</s>", "<s>", "alpha", "0", "1", "2", "naïve", "漢字"]
+EXTENSIONS = (".py", ".txt", ".rst", ".md", ".jsonl", ".jsonl.zst", ".parquet")
+
+_spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+prepare_data = importlib.util.module_from_spec(_spec)
+sys.modules["prepare_data"] = prepare_data
+_spec.loader.exec_module(prepare_data)
+
+
+def text(seed, words=200):
+    rng = random.Random(seed)
+    return "\n".join(" ".join(rng.choices(WORDS, k=10)) for _ in range(words // 10)) + f"\n    end {seed}\n"
+
+
+def run(*flags):
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def content(folder):
+    """Every file below `folder` and its hash."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """60 text files in 3 folders, copies among them, a file that is not UTF-8 and an empty one."""
+    root = tmp_path_factory.mktemp("source")
+    for i in range(60):
+        path = root / f"part{i % 3}" / f"{i:03d}{('.txt', '.md', '.py')[i % 3]}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text(i if i < 50 else i - 50), encoding="utf-8")
+    (root / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (root / "empty.txt").write_text("")
+    (root / "image.png").write_bytes(b"\x89PNG")
+    return root
+
+
+@pytest.fixture(scope="module")
+def flags(source):
+    return ["--source", source, "--train_tokenizer", 330, "--validation_fraction", 0.2, "--unit_bytes", 10_000]
+
+
+@pytest.fixture(scope="module")
+def corpus(flags, tmp_path_factory):
+    """A corpus prepared with two workers, and what the program printed."""
+    out = tmp_path_factory.mktemp("prepared") / "two"
+    result = run(*flags, "--out", out, "--workers", 2)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def documents_in(folder, split):
+    """The documents of a split by an independent reading of its files."""
+    tokenizer = Tokenizer(folder / "tokenizer")
+    found = []
+    for path in sorted(folder.glob(f"{split}*.bin")):
+        tokens = np.fromfile(path, "<u2", offset=24)
+        ends = np.fromfile(path.with_suffix(".idx"), "<u8").astype(int)
+        assert ends[-1] == len(tokens)
+        for begin, end in zip([0, *ends], ends):
+            assert tokens[begin] == 1 and tokens[end - 1] == 2
+            inside = tokens[begin + 1 : end - 1].tolist()
+            assert not {1, 2} & set(inside), "text became a document boundary"
+            found.append(tokenizer.decode(inside))
+    return found
+
+
+def test_every_text_arrives_once_and_exactly(corpus, source):
+    out, printed = corpus
+    train, validation = documents_in(out, "train"), documents_in(out, "validation")
+    files = sorted(path for path in source.rglob("*") if path.suffix in EXTENSIONS and path.name != "latin.txt")
+    expected = sorted(body for path in files if (body := path.read_text(encoding="utf-8")))
+    assert sorted(train + validation) == expected
+    assert train and validation and not set(train) & set(validation), "a text is in both splits"
+    totals = json.loads((out / "manifest.json").read_text())["totals"]
+    assert totals["train"]["documents"] == len(train)
+    assert totals["validation"]["characters"] == sum(map(len, validation))
+    assert (totals["not_text"], totals["empty"], totals["files"], totals["folders"]) == (1, 1, 62, 4)
+    assert "1 not UTF-8" in printed and f"{totals['train']['tokens']:,}" in printed and "delta" in printed
+
+
+def test_the_corpus_goes_through_the_door(corpus):
+    out, _ = corpus
+    train, validation = TrainData(out, 64, seed=0), ValidationData(out, 128)
+    stream = np.concatenate([np.fromfile(path, "<u2", offset=24) for path in sorted(out.glob("train*.bin"))])
+    assert len(list(out.glob("train*.bin"))) > 3
+    assert np.array_equal(train.corpus.read(0, train.corpus.num_tokens), stream)
+    assert train.corpus.vocab_size == 330 and train.corpus.document_format == "bos_eos"
+    assert train.corpus.tokenizer_sha256 == Tokenizer(out / "tokenizer").sha256
+    assert train.batch(0, 4).shape == (4, 65) and validation.block(0).shape == (129,)
+    check_same_tokenizer(train, validation)
+    check_vocabulary(train.corpus, 330)
+    with pytest.raises(UserError, match="vocabulary of 330"):
+        check_vocabulary(train.corpus, 329)
+
+
+def test_one_worker_writes_the_same_bytes_and_a_rerun_says_it_is_finished(corpus, flags, tmp_path):
+    out, _ = corpus
+    result = run(*flags, "--out", tmp_path / "one", "--workers", 1)
+    assert result.returncode == 0, result.stderr
+    assert content(tmp_path / "one") == content(out)
+    again = run(*flags, "--out", tmp_path / "one")
+    assert again.returncode == 0 and "finished already" in again.stdout
+    assert content(tmp_path / "one") == content(out)
+
+
+def kill_when(out, flags, condition, delay=0.0):
+    """Start a run and SIGKILL it, the parent alone, once `condition()` holds. True if it was killed at work."""
+    command = [sys.executable, str(SCRIPT), *map(str, flags), "--out", str(out), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def test_a_killed_run_continues_to_the_same_bytes(corpus, flags, tmp_path):
+    expected, _ = corpus
+    out = tmp_path / "killed"
+    assert kill_when(out, flags, lambda: (out / "prepare.json").exists())
+    assert kill_when(out, flags, lambda: len(list(out.glob("train*.json"))) >= 2)
+    kept = content(out)
+    assert "manifest.json" not in kept
+    with pytest.raises(UserError, match="not finished"):
+        Corpus.open(out, "train")
+    (out / "train_data_000001.bin.1234.tmp").write_bytes(b"half a sha")
+    result = run(*flags, "--out", out)
+    assert result.returncode == 0 and "continuing" in result.stdout, result.stderr
+    assert content(out) == content(expected)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_instants_lose_nothing(source, tmp_path):
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(3000):
+        (many / f"{i}.txt").write_text(text(i, words=300), encoding="utf-8")
+    flags = ["--source", many, "--train_tokenizer", 330, "--validation_fraction", 0.02, "--unit_bytes", 30_000]
+    assert run(*flags, "--out", tmp_path / "whole").returncode == 0
+    rng, out, kills = random.Random(1), tmp_path / "killed", 0
+    while kills < 20 and not (out / "manifest.json").exists():
+        done = len(list(out.glob("train*.json")))
+        if rng.random() < 0.3:  # before there is any record, else after the next one
+            kills += kill_when(out, flags, lambda: True, delay=rng.random() * 2)
+        else:
+            more = functools.partial(lambda done: len(list(out.glob("train*.json"))) > done, done)
+            kills += kill_when(out, flags, more, delay=rng.random() * 0.3)
+    assert kills >= 15
+    assert run(*flags, "--out", out).returncode == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_workers_end_with_a_killed_parent(flags, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(SCRIPT), *map(str, flags), "--out", str(out), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(out.glob("train*.bin*")):
+        time.sleep(0.002)
+    stats = {int(path.parent.name): _stat(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat")}
+    workers = [pid for pid, stat in stats.items() if stat and int(stat[1]) == process.pid]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) >= 2 and not any(_runs(worker) for worker in workers)
+
+
+def _stat(pid):
+    """[state, parent, ...] of a process; None if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _runs(pid):
+    """Whether a process is there and not a zombie, which only waits to be collected."""
+    stat = _stat(pid)
+    return stat is not None and stat[0] != "Z"
+
+
+# What follows needs no second process: the program's own functions, called here.
+
+
+def refused(capsys, *flags):
+    """The one line with which the program refuses."""
+    with pytest.raises(SystemExit) as exit_:
+        prepare_data.main([str(flag) for flag in flags])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--document_format", "eos"], "begun with document_format = bos_eos"),
+        (["--validation_fraction", "0.1"], "begun with validation_fraction = 0.2"),
+        (["--train_tokenizer", "500"], "begun with tokenizer = to train, 330 ids"),
+        (["--unit_bytes", "20000"], "changed since it was begun"),
+    ],
+)
+def test_other_options_are_refused_for_a_folder_already_begun(corpus, flags, capsys, change, message):
+    before = content(corpus[0])
+    assert message in refused(capsys, *flags, "--out", corpus[0], *change)
+    assert content(corpus[0]) == before
+
+
+def test_a_changed_source_is_refused(corpus, source, flags, capsys):
+    path = source / "part1" / "031.md"
+    old = path.stat()
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+    try:
+        message = refused(capsys, *flags, "--out", corpus[0])
+        assert "the source of" in message and "part1/" in message
+    finally:
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+
+def test_what_cannot_be_prepared_is_refused_and_nothing_is_written(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text("")
+    (tmp_path / "a.docx").write_text("text")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    make = ["--train_tokenizer", "330", "--out", out]
+    for flags, message in (
+        (["--source", tmp_path / "nowhere", *make], "does not exist"),
+        (["--source", tmp_path / "empty", *make], "holds no files that end in .py"),
+        (["--source", tmp_path / "blank", *make], "is empty"),
+        (["--source", tmp_path / "a.docx", *make], "none of the known endings"),
+        (["--source", source, "--out", out], "either --tokenizer PATH or --train_tokenizer SIZE"),
+        (["--source", source, *make, "--tokenizer", "x"], "either --tokenizer"),
+        (["--source", source, "--tokenizer", tmp_path / "no.model", "--out", out], "no.model does not exist"),
+        (["--source", source, *make, "--document_format", "sos"], "none of bos_eos, eos, bos"),
+        (["--source", source, *make, "--validation_fraction", "1"], "below 1"),
+        (["--source", source, *make, "--name", "../x"], "--name"),
+        (["--source", source, *make, "--workers", "0"], "--workers 0"),
+        (["--source", source, *make, "--nonsense", "0"], "nonsense"),
+    ):
+        assert message in refused(capsys, *flags)
+    assert not out.exists()
+    assert "already holds other files (thesis.tex)" in refused(
+        capsys, "--source", source, "--train_tokenizer", 330, "--out", tmp_path / "full"
+    )
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_size_of_tokenizer_that_does_not_fit_can_be_mended(source, tmp_path, capsys):
+    command = ["--source", source, "--out", tmp_path / "out", "--workers", 1]
+    assert "tokenizer of 90000 pieces" in refused(capsys, *command, "--train_tokenizer", 90000)
+    assert "tokenizer of 10 pieces" in refused(capsys, *command, "--train_tokenizer", 10)
+    assert list(content(tmp_path / "out")) == ["prepare.json"]
+
+
+def test_a_damaged_corpus_is_refused_by_file_name(corpus, tmp_path, capsys):
+    out = tmp_path / "copy"
+    shard = sorted(corpus[0].glob("train*.bin"))[1].name
+
+    def fresh():
+        out.mkdir(exist_ok=True)
+        for name in content(corpus[0]):
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_bytes((corpus[0] / name).read_bytes())
+
+    def opening_fails(match):
+        with pytest.raises(UserError, match=match):
+            Corpus.open(out, "train")
+        fresh()
+
+    fresh()
+    (out / shard).unlink()
+    opening_fails(f"{shard} is missing")
+    (out / shard).write_bytes((out / shard).read_bytes()[:-2])
+    opening_fails(f"{shard} is truncated")
+    other = next(path for path in sorted(out.glob("train*.bin")) if path.name != shard)
+    (out / shard).write_bytes(other.read_bytes())
+    opening_fails(f"{shard} holds .* the manifest says")
+    tokens = np.fromfile(out / shard, "<u2", offset=24)
+    header = (out / shard).read_bytes()[:15] + b"\4" + (out / shard).read_bytes()[16:24]
+    (out / shard).write_bytes(header + tokens.astype("<i4").tobytes())
+    opening_fails(f"{shard} holds int32, the manifest uint16")
+    index = shard.replace(".bin", ".idx")
+    (out / index).write_bytes((out / index).read_bytes()[:-8])
+    opening_fails(index)
+    manifest = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(manifest.replace('"document_format": "bos_eos"', '"document_format": "eos"'))
+    opening_fails("changed after it was written")
+    (out / "manifest.json").write_text(manifest[:100])
+    opening_fails("manifest.json cannot be read")
+
+    prepare_data.main(["verify", str(out)])
+    assert "as prepared" in capsys.readouterr().out
+    flipped = bytearray((out / shard).read_bytes())
+    flipped[100] ^= 1
+    (out / shard).write_bytes(flipped)
+    Corpus.open(out, "train")  # headers and sizes are right
+    assert f"{shard} differs from what was prepared" in refused(capsys, "verify", out)
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory):
+    return train_tokenizer([text(i) for i in range(20)], 330, tmp_path_factory.mktemp("tokenizer") / "small")
+
+
+def prepared(source, out, tokenizer, document_format="bos_eos", unit_bytes=None, text_column="text", fraction=0.2):
+    """The program's steps in this process: units one after the other, without a pool."""
+    units = list_units(source, EXTENSIONS, unit_bytes, text_column, exclude=out)
+    job = prepare.Job(out, "data", text_column, document_format, fraction)
+    with prepare.begin(job, prepare.plan_of(job, units, tokenizer)):
+        tokenizer = prepare.make_tokenizer(job, units, tokenizer)
+        for unit in units:
+            prepare.prepare_unit(job, unit, tokenizer, lambda source_bytes, tokens: None)
+        return prepare.finish(job, units, tokenizer)
+
+
+BODIES = [text(i, words=50) for i in range(30)] + ["one\r\n\ttwo </s>", text(0, words=50)]
+
+
+def write_source(kind, folder):
+    records = [{"text": body, "id": i} for i, body in enumerate(BODIES)]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path = folder / f"a{kind}"
+    if kind == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=5)
+    elif kind == ".jsonl.zst":
+        half = lines.index(b"\n", len(lines) // 2) - 20  # two frames, cut inside a line
+        compress = zstandard.ZstdCompressor().compress
+        path.write_bytes(compress(lines[:half]) + compress(lines[half:]))
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("unit_bytes", [1, None])
+def test_records_of_every_kind_arrive(kind, unit_bytes, tmp_path, small_tokenizer):
+    path = write_source(kind, tmp_path)
+    manifest = prepared(path, tmp_path / "out", small_tokenizer, unit_bytes=unit_bytes)
+    assert len(manifest["units"]) == (7 if kind == ".parquet" and unit_bytes else 1)
+    train, validation = documents_in(tmp_path / "out", "train"), documents_in(tmp_path / "out", "validation")
+    assert sorted(train + validation) == sorted(BODIES)
+    assert not set(train) & set(validation)
+
+
+@pytest.mark.parametrize("document_format, before, after", [("eos", 0, 1), ("bos", 1, 0), ("bos_eos", 1, 1)])
+def test_document_formats(document_format, before, after, tmp_path, small_tokenizer):
+    (tmp_path / "a.txt").write_text("alpha")
+    prepared(tmp_path / "a.txt", tmp_path / "out", small_tokenizer, document_format, fraction=0.0)
+    corpus = Corpus.open(tmp_path / "out", "train")
+    assert corpus.read(0, corpus.num_tokens).tolist() == [1] * before + small_tokenizer.encode("alpha") + [2] * after
+    assert corpus.document_format == document_format
+
+
+def test_a_folder_may_mix_kinds_and_hold_the_output(tmp_path, small_tokenizer):
+    (tmp_path / "z.md").write_text("omega")
+    write_source(".parquet", tmp_path)
+    write_source(".jsonl", tmp_path)
+    out = tmp_path / "out"
+    first = prepared(tmp_path, out, small_tokenizer, fraction=0.0)
+    assert [unit["source"] for unit in first["units"]] == ["a.jsonl", "a.parquet row groups 0 to 6", "z.md"]
+    (out / "notes.txt").write_text("not part of the source")
+    assert len(list_units(tmp_path, EXTENSIONS, None, "text", exclude=out)) == 3
+
+
+def test_units_group_files_in_order(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_bytes(b"x" * 40)
+    units = list_units(tmp_path, EXTENSIONS, 100, "text", exclude=tmp_path / "out")
+    assert [len(unit.files) for unit in units] == [3, 3, 3, 1]
+    assert [name for unit in units for name in unit.files] == [f"{i}.txt" for i in range(10)]
+    assert [unit.bytes for unit in units] == [120, 120, 120, 40]
+    assert units[0].source == "0.txt to 2.txt"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"text": "cut', "line 2 is no JSON"),
+        (b'{"body": "a"}', "line 2 has no field 'text' (it has body)"),
+        (b'["a"]', "line 2 has no field 'text' (it has a list)"),
+        (b'{"text": 5}', "line 2: field 'text' is no text but a int"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    (unit,) = list_units(tmp_path / "a.jsonl", EXTENSIONS, None, "text", exclude=tmp_path)
+    with pytest.raises(UserError) as error:
+        list(documents(unit, "text"))
+    assert message in str(error.value)
+
+
+def test_text_that_is_none_is_counted(tmp_path, small_tokenizer):
+    lines = [b'{"text": "fine"}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"text": null}', b'{"text": ""}', b""]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    totals = prepared(tmp_path / "a.jsonl", tmp_path / "out", small_tokenizer, fraction=0.0)["totals"]
+    assert (totals["train"]["documents"], totals["not_text"], totals["empty"]) == (1, 2, 2)
+
+
+def test_damaged_archives_are_named(tmp_path):
+    whole = write_source(".jsonl.zst", tmp_path).read_bytes()
+    (tmp_path / "cut.jsonl.zst").write_bytes(whole[:-20])
+    (tmp_path / "bad.jsonl.zst").write_bytes(b"not zstandard at all")
+    for name, message in (("cut.jsonl.zst", "cut off"), ("bad.jsonl.zst", "damaged")):
+        (unit,) = list_units(tmp_path / name, EXTENSIONS, None, "text", exclude=tmp_path)
+        with pytest.raises(UserError, match=f"{name} is {message}"):
+            list(documents(unit, "text"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    write_source(".parquet", tmp_path)
+    for name, column, message in (
+        ("bad.parquet", "text", "cannot be read as parquet"),
+        ("a.parquet", "body", "no column 'body' .it has text, id"),
+        ("a.parquet", "id", "holds int64, not text"),
+    ):
+        with pytest.raises(UserError, match=f"{name}.*{message}"):
+            list_units(tmp_path / name, EXTENSIONS, None, column, exclude=tmp_path)
+
+
+def test_a_source_without_training_text_is_refused(tmp_path, small_tokenizer):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="no training documents: 0 held out, 0 empty, 1 not UTF-8"):
+        prepared(tmp_path / "a.txt", tmp_path / "out", small_tokenizer)
+
+
+def test_a_lost_shard_is_named_with_what_to_do(tmp_path, small_tokenizer):
+    path = write_source(".jsonl", tmp_path)
+    prepared(path, tmp_path / "out", small_tokenizer)
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / "train_data_000000.bin").unlink()
+    units = list_units(path, EXTENSIONS, None, "text", exclude=tmp_path / "out")
+    job = prepare.Job(tmp_path / "out", "data", "text", "bos_eos", 0.2)
+    with pytest.raises(UserError, match=r"train_data_000000\.bin is missing.*Delete train_data_000000\.json"):
+        prepare.finish(job, units, small_tokenizer)
+
+
+def test_a_second_process_is_kept_out(tmp_path, small_tokenizer):
+    path = write_source(".jsonl", tmp_path)
+    units = list_units(path, EXTENSIONS, None, "text", exclude=tmp_path / "out")
+    job = prepare.Job(tmp_path / "out", "data", "text", "bos_eos", 0.2)
+    plan = prepare.plan_of(job, units, small_tokenizer)
+    with prepare.begin(job, plan), pytest.raises(UserError, match="another process"), prepare.begin(job, plan):
+        pass
+
+
+def test_the_hold_out_has_the_share_asked_for():
+    held_out = sum(prepare.is_validation(str(i).encode(), 0.02) for i in range(20_000))
+    assert 330 < held_out < 470
+    assert not any(prepare.is_validation(str(i).encode(), 0.0) for i in range(1000))
