@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric import Fabric
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lit_gpt.errors import UserError
@@ -101,7 +102,7 @@ def _load(state: dict, path: Path) -> None:
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=path)
-    except Exception as error:  # torch.distributed.checkpoint wraps whatever went wrong on any rank
+    except (Exception, CheckpointException) as error:  # the latter, no Exception, wraps whatever went wrong on any rank
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(f"checkpoint {path} cannot be read ({reason}). Remove the folder to go on from the one before.") from error
 
