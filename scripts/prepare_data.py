@@ -36,6 +36,8 @@ say = functools.partial(console.print, markup=False, soft_wrap=True)
 
 @dataclass
 class PrepareArgs:
+    """Source, tokenizer and output"""
+
     source: Path
     """A folder, or a file of text, .jsonl, .jsonl.zst or .parquet. Every text file, line or row is one document."""
     out: Path
@@ -82,7 +84,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     if argv[:1] == ["verify"]:
         verify(argv[1:])
         return
-    args = parse(PrepareArgs, argv, description=__doc__)
+    args = parse(PrepareArgs, argv, description=__doc__.splitlines()[0])
     check(args)
     started = time.monotonic()
     extensions = tuple(ending.strip() for ending in args.extensions.split(",") if ending.strip())
@@ -98,12 +100,15 @@ def main(argv: Optional[list[str]] = None) -> None:
         return
     if isinstance(tokenizer, Tokenizer):
         prepare.check_document_format(tokenizer, args.document_format)
-    with prepare.begin(job, plan):
-        with console.status("tokenizer ..."):
-            tokenizer = prepare.make_tokenizer(job, units, tokenizer)
-        say(f"tokenizer: {tokenizer.vocab_size} ids, ready after {time.monotonic() - started:.1f} s")
-        tokenize(job, units, args.workers or len(os.sched_getaffinity(0)))
-        manifest = prepare.finish(job, units, tokenizer)
+    try:
+        with prepare.begin(job, plan):
+            with console.status("tokenizer ..."):
+                tokenizer = prepare.make_tokenizer(job, units, tokenizer)
+            say(f"tokenizer: {tokenizer.vocab_size} ids, ready after {time.monotonic() - started:.1f} s")
+            tokenize(job, units, args.workers or len(os.sched_getaffinity(0)))
+            manifest = prepare.finish(job, units, tokenizer)
+    except KeyboardInterrupt:
+        raise UserError("interrupted. Finished units are kept: run the same command again.") from None
     summarize(args.out, manifest)
     say(f"{args.out} is finished after {time.monotonic() - started:.1f} s.")
 

@@ -132,7 +132,9 @@ def begin(job: Job, plan: dict[str, Any]) -> Iterator[None]:
                 raise
         for leftover in job.out.rglob("*.tmp"):
             leftover.unlink()
-        if not job.has_tokenizer():
+        if job.has_tokenizer():
+            _check_same_plan(job.out, read_json(job.out / PREPARE_NAME), plan)  # again, now that nobody else writes
+        else:
             write_json(job.out / PREPARE_NAME, plan)
         yield
     finally:
@@ -184,8 +186,8 @@ def run_units(
         initializer=_start_worker,
         initargs=(job.out / "tokenizer", counters, stopping),
     ) as executor:
-        pending = {executor.submit(_work, job, unit) for unit in waiting}
         try:
+            pending = {executor.submit(_work, job, unit) for unit in waiting}
             while pending:
                 done, pending = wait(pending, timeout=interval, return_when=FIRST_COMPLETED)
                 on_progress(*counters.get_obj())  # read without the lock: a killed worker may hold it

@@ -65,7 +65,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(source):
-    return ["--source", source, "--train_tokenizer", 330, "--validation_fraction", 0.2, "--unit_bytes", 10_000]
+    return ["--source", source, "--train_tokenizer", 330, "--validation_fraction", 0.2, "--unit_bytes", 3000]
 
 
 @pytest.fixture(scope="module")
@@ -122,20 +122,24 @@ def test_the_corpus_goes_through_the_door(corpus):
         check_vocabulary(train.corpus, 329)
 
 
-def test_one_worker_writes_the_same_bytes_and_a_rerun_says_it_is_finished(corpus, flags, tmp_path):
+def test_one_worker_writes_the_same_bytes_and_a_rerun_says_it_is_finished(corpus, flags, tmp_path, capsys):
     out, _ = corpus
     result = run(*flags, "--out", tmp_path / "one", "--workers", 1)
     assert result.returncode == 0, result.stderr
     assert content(tmp_path / "one") == content(out)
-    again = run(*flags, "--out", tmp_path / "one")
-    assert again.returncode == 0 and "finished already" in again.stdout
+    prepare_data.main([*map(str, flags), "--out", str(tmp_path / "one")])
+    assert "finished already" in capsys.readouterr().out
     assert content(tmp_path / "one") == content(out)
+
+
+def started(flags, out, **pipes):
+    command = [sys.executable, str(SCRIPT), *map(str, flags), "--out", str(out), "--workers", "2"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, **(pipes or {"stderr": subprocess.DEVNULL}))
 
 
 def kill_when(out, flags, condition, delay=0.0):
     """Start a run and SIGKILL it, the parent alone, once `condition()` holds. True if it was killed at work."""
-    command = [sys.executable, str(SCRIPT), *map(str, flags), "--out", str(out), "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started(flags, out)
     while process.poll() is None and not condition():
         time.sleep(0.002)
     time.sleep(delay)
@@ -143,19 +147,61 @@ def kill_when(out, flags, condition, delay=0.0):
     return process.wait() == -signal.SIGKILL
 
 
-def test_a_killed_run_continues_to_the_same_bytes(corpus, flags, tmp_path):
+def test_a_run_that_is_killed_and_interrupted_continues_to_the_same_bytes(corpus, flags, tmp_path):
     expected, _ = corpus
-    out = tmp_path / "killed"
+    out = tmp_path / "out"
+
+    def records():
+        return len(list(out.glob("train*.json")))
+
     assert kill_when(out, flags, lambda: (out / "prepare.json").exists())
-    assert kill_when(out, flags, lambda: len(list(out.glob("train*.json"))) >= 2)
-    kept = content(out)
-    assert "manifest.json" not in kept
+
+    process = started(flags, out)
+    while process.poll() is None and records() < 2:
+        time.sleep(0.002)
+    workers = children_of(process.pid)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(workers) >= 2 and not any(map(runs, workers)), "workers outlive their parent"
     with pytest.raises(UserError, match="not finished"):
         Corpus.open(out, "train")
+
     (out / "train_data_000001.bin.1234.tmp").write_bytes(b"half a sha")
+    leftovers = set(out.glob("*.tmp"))
+    process = started(flags, out, stderr=subprocess.PIPE)
+    while process.poll() is None and not set(out.glob("*.bin.*.tmp")) - leftovers:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.decode() == "error: interrupted. Finished units are kept: run the same command again.\n"
+    assert not list(out.glob("*.tmp")) and not (out / "manifest.json").exists()
+
     result = run(*flags, "--out", out)
     assert result.returncode == 0 and "continuing" in result.stdout, result.stderr
     assert content(out) == content(expected)
+
+
+def stat_of(pid):
+    """[state, parent, ...] of a process; None if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def children_of(parent):
+    stats = {int(path.name): stat_of(path.name) for path in Path("/proc").glob("[0-9]*")}
+    return [pid for pid, stat in stats.items() if stat and int(stat[1]) == parent]
+
+
+def runs(pid):
+    """Whether a process is there and not a zombie, which only waits to be collected."""
+    stat = stat_of(pid)
+    return stat is not None and stat[0] != "Z"
 
 
 @pytest.mark.slow
@@ -179,36 +225,6 @@ def test_twenty_kills_at_random_instants_lose_nothing(source, tmp_path):
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_workers_end_with_a_killed_parent(flags, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, str(SCRIPT), *map(str, flags), "--out", str(out), "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(out.glob("train*.bin*")):
-        time.sleep(0.002)
-    stats = {int(path.parent.name): _stat(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat")}
-    workers = [pid for pid, stat in stats.items() if stat and int(stat[1]) == process.pid]
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while any(_runs(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(workers) >= 2 and not any(_runs(worker) for worker in workers)
-
-
-def _stat(pid):
-    """[state, parent, ...] of a process; None if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def _runs(pid):
-    """Whether a process is there and not a zombie, which only waits to be collected."""
-    stat = _stat(pid)
-    return stat is not None and stat[0] != "Z"
-
-
 # What follows needs no second process: the program's own functions, called here.
 
 
@@ -228,7 +244,7 @@ def refused(capsys, *flags):
         (["--document_format", "eos"], "begun with document_format = bos_eos"),
         (["--validation_fraction", "0.1"], "begun with validation_fraction = 0.2"),
         (["--train_tokenizer", "500"], "begun with tokenizer = to train, 330 ids"),
-        (["--unit_bytes", "20000"], "changed since it was begun"),
+        (["--unit_bytes", "9000"], "changed since it was begun"),
     ],
 )
 def test_other_options_are_refused_for_a_folder_already_begun(corpus, flags, capsys, change, message):
