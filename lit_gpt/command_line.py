@@ -1,7 +1,8 @@
 """From a dataclass to a command line: every field a flag, its docstring the help, YAML files for defaults."""
 
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Optional, TypeVar
 
 import jsonargparse
 
@@ -12,11 +13,14 @@ Args = TypeVar("Args")
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def parse(cls: type[Args], argv: list[str], description: str, preset: Optional[Callable[[Args], list[str]]] = None) -> Args:
+def parse(
+    cls: type[Args], argv: list[str], description: str, preset: Optional[Callable[[Args], list[str]]] = None
+) -> Args:
     """An instance of dataclass `cls` from the command line.
 
-    Precedence, lowest first: the dataclass, the flags that `preset` returns for the arguments as given, then `--config file.yaml` and
-    flags in the order of the command line. A flag of type bool may stand alone: `--debug` means `--debug true`.
+    Precedence, lowest first: the dataclass, the flags that `preset` returns for the arguments as given, then `--config
+    file.yaml` and flags in the order of the command line. A flag of type bool may stand alone: `--debug` means `--debug
+    true`.
 
     Raises:
         UserError: unknown flag, missing or mistyped value.

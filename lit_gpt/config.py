@@ -4,8 +4,8 @@
     config = ModelConfig.from_name("swa_gdn2_3M", n_layer=6)
     config = ModelConfig.from_name("my/own/model.yaml")
 
-A block pattern is a list of token mixers, repeated over the depth: `[gdn2]` is the recurrent model, `[gdn2, swa]` the hybrid of
-the paper, `[gdn2, gdn2, full]` something of your own.
+A block pattern is a list of token mixers, repeated over the depth: `[gdn2]` is the recurrent model, `[gdn2, swa]` the
+hybrid of the paper, `[gdn2, gdn2, full]` something of your own.
 """
 
 import difflib
@@ -24,12 +24,16 @@ MixerName = Literal["gdn2", "swa", "full"]
 
 @dataclass
 class GDN2Config:
-    """The Gated DeltaNet-2 layer (arXiv 2605.22791). Its defaults are the released 1.3B layer; its options reach from there to KDA and Gated DeltaNet."""
+    """The Gated DeltaNet-2 layer (arXiv 2605.22791). Its defaults are the released 1.3B layer; its options reach from
+    there to KDA and Gated DeltaNet.
+    """
 
     num_heads: int = 16
     """Query and key heads."""
     num_value_heads: Optional[int] = None
-    """Value heads, a multiple of num_heads; each group of them shares one query and key head. None: as many as num_heads."""
+    """Value heads, a multiple of num_heads; each group of them shares one query and key head. None: as many as
+    num_heads.
+    """
     head_dim: int = 128
     """Key channels of a head (dk)."""
     expand_v: float = 1.0
@@ -45,7 +49,9 @@ class GDN2Config:
     erase_range: float = 1.0
     """b lies in [0, erase_range]; 2 allows negative eigenvalues of the transition."""
     write: Literal["channel", "scalar", "tied"] = "channel"
-    """Write gate w: one value per value channel, one per head, or the erase gate itself, which must then be scalar (KDA, Gated DeltaNet)."""
+    """Write gate w: one value per value channel, one per head, or the erase gate itself, which must then be scalar
+    (KDA, Gated DeltaNet).
+    """
     output_gate: Literal["silu", "sigmoid"] = "silu"
     """Activation of the output gate (SiLU in the paper and its release; sigmoid in KDA)."""
     output_gate_rank: int = 128
@@ -62,7 +68,11 @@ class GDN2Config:
 
     def validate(self) -> None:
         _require(self.value_heads % self.num_heads == 0, "gdn2.num_value_heads", "a multiple of gdn2.num_heads")
-        _require(self.value_dim == self.head_dim * self.expand_v > 0, "gdn2.expand_v", "such that head_dim * expand_v is whole")
+        _require(
+            self.value_dim == self.head_dim * self.expand_v > 0,
+            "gdn2.expand_v",
+            "such that head_dim * expand_v is whole",
+        )
         _require(self.write != "tied" or self.erase == "scalar", "gdn2.write", "tied only to a scalar erase gate")
         _require(self.conv_size >= 1, "gdn2.conv_size", "at least 1")
 
@@ -130,7 +140,9 @@ class ModelConfig:
 
     @classmethod
     def from_name(cls, name: str, **overrides) -> "ModelConfig":
-        """The model of that name in configs/models, or of a YAML file given by its path. Raises UserError for an unknown name or field."""
+        """The model of that name in configs/models, or of a YAML file given by its path. Raises UserError for an
+        unknown name or field.
+        """
         path = Path(name) if name.endswith(".yaml") else CONFIG_DIR / "models" / f"{name}.yaml"
         if not path.is_file():
             raise UserError(f"unknown model {name!r}. {suggest(name, model_names())}")

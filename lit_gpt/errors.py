@@ -2,11 +2,13 @@
 
 import functools
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user gave or keeps is wrong. The message says what, where, and what to do; the program ends with exit code 2."""
+    """Something the user gave or keeps is wrong. The message says what, where, and what to do; the program ends with
+    exit code 2.
+    """
 
 
 def exit_on_user_error(main: Callable) -> Callable:

@@ -6,8 +6,9 @@
     logits = model(idx, cu_seqlens=offsets)          # documents packed into the flattened batch stay apart
     logits = model(idx, cache=model.new_cache(B))    # goes on from where the cache is, and advances it
 
-Initialisation: every matrix and the embedding normal with deviation 0.02; the projections that write to the residual stream (of mixer and
-MLP alike) divided by sqrt(2 n_layer); norms 1, biases 0; convolutions and decay parameters as their layers say.
+Initialisation: every matrix and the embedding normal with deviation 0.02; the projections that write to the residual
+stream (of mixer and MLP alike) divided by sqrt(2 n_layer); norms 1, biases 0; convolutions and decay parameters as
+their layers say.
 """
 
 from typing import Any, Optional
@@ -81,11 +82,12 @@ class GPT(nn.Module):
         cache: Optional[list] = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits [B, T, V] of token ids [B, T]; or, given targets [B, T], the cross entropy of each token [B, T] in nats.
+        """Logits [B, T, V] of token ids [B, T]; or, given targets [B, T], the cross entropy of each token in nats.
 
         Args:
-            cu_seqlens: offsets of the documents in the flattened batch, [N + 1] from 0 to B * T. Nothing passes between documents.
-            cache: from new_cache; the tokens follow those that it has seen.
+            cu_seqlens: offsets of the documents in the flattened batch, [N + 1] from 0 to B * T. Nothing passes
+                between documents.
+            cache: from new_cache; the tokens follow those that it has seen. For inference: run it without gradients.
             last_only: logits of the last position only, [B, 1, V].
         """
         x = self.transformer.wte(idx)
@@ -105,13 +107,17 @@ class GPT(nn.Module):
         return self.lm_head(x)
 
     def new_cache(self, batch_size: int, max_length: Optional[int] = None, dtype: Optional[torch.dtype] = None) -> list:
-        """An empty cache for each layer, on the model's device. max_length bounds the tokens to come; only full attention needs it."""
+        """An empty cache for each layer, on the model's device. max_length bounds the tokens to come; only full
+        attention needs it.
+        """
         weight = self.lm_head.weight
         if max_length is None:
             if "full" in self.config.block_pattern:
                 raise ValueError("full attention keeps every token: say how many there may be with max_length")
             max_length = self.config.attention.window
-        return [b.mixer.new_cache(batch_size, max_length, weight.device, dtype or weight.dtype) for b in self.transformer.h]
+        return [
+            b.mixer.new_cache(batch_size, max_length, weight.device, dtype or weight.dtype) for b in self.transformer.h
+        ]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -129,7 +135,9 @@ class GPT(nn.Module):
                 module.reset_parameters()
 
     def num_parameters(self, blocks_only: bool = False) -> int:
-        """Parameters in all, or in the blocks alone (without embedding, head and final norm, as the paper's tables count)."""
+        """Parameters in all, or in the blocks alone (without embedding, head and final norm, as the paper's tables
+        count).
+        """
         return sum(p.numel() for p in (self.transformer.h if blocks_only else self).parameters())
 
     def flops_per_token(self, sequence_length: int) -> float:

@@ -22,8 +22,8 @@ class KeyValueCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values [B, T, G, D] at the next T positions; return what the T queries may need.
 
-        For one token that is the ring as it lies, since attention does not ask for the order of its keys; for more, the kept past in
-        order of time and then the new ones.
+        For one token that is the ring as it lies, since attention does not ask for the order of its keys; for more, the
+        kept past in order of time and then the new ones.
         """
         size, T = self.k.shape[1], k.shape[1]
         k, v = k.to(self.k.dtype), v.to(self.v.dtype)
@@ -50,7 +50,9 @@ class CausalSelfAttention(nn.Module):
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_base)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, n_embd, bias=False)
 
-    def forward(self, x: Tensor, documents: Optional[Documents] = None, cache: Optional[KeyValueCache] = None) -> Tensor:
+    def forward(
+        self, x: Tensor, documents: Optional[Documents] = None, cache: Optional[KeyValueCache] = None
+    ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)).split(self.heads, dim=2)
         q, k = self.rotary(q, k, start=0 if cache is None else cache.position)
         if cache is not None:

@@ -27,7 +27,9 @@ class ShortConvolution(nn.Module):
 
 
 class RecurrentCache:
-    """State [B, HV, K, V] in fp32 and the last W-1 inputs of the convolution [B, W-1, C]: all that GDN-2 keeps of the past."""
+    """State [B, HV, K, V] in fp32 and the last W-1 inputs of the convolution [B, W-1, C]: all that GDN-2 keeps of the
+    past.
+    """
 
     def __init__(self, state: Tensor, inputs: Tensor):
         self.state, self.inputs = state, inputs
@@ -43,8 +45,9 @@ class GatedDeltaNet2(nn.Module):
 
         S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T,   o_t = S_t^T q_t / sqrt(K)
 
-    q, k, v: linear, causal convolution, SiLU (q, k then L2-normed). g = -exp(A_log) softplus(f + dt_bias), b and w sigmoids, each
-    from a linear branch. The output is RMS-normed per head, times a gate, and projected. One matrix makes all branches of x.
+    q, k, v: linear, causal convolution, SiLU (q, k then L2-normed). g = -exp(A_log) softplus(f + dt_bias), b and w
+    sigmoids, each from a linear branch. The output is RMS-normed per head, times a gate, and projected. One matrix
+    makes all branches of x.
     """
 
     def __init__(self, n_embd: int, config: GDN2Config, norm_eps: float):
@@ -67,20 +70,31 @@ class GatedDeltaNet2(nn.Module):
         self.o_proj = nn.Linear(HV * V, n_embd, bias=False)
 
     def reset_parameters(self) -> None:
-        """A uniform in [1, 16]; softplus(dt_bias) log-uniform in [0.001, 0.1], without which recall is slow to be learned."""
+        """A uniform in [1, 16]; softplus(dt_bias) log-uniform in [0.001, 0.1], without which recall is slow to be
+        learned.
+        """
         nn.init.uniform_(self.A_log, 1, 16)
         with torch.no_grad():
             self.A_log.log_()
             dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp_()
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def forward(self, x: Tensor, documents: Optional[Documents] = None, cache: Optional[RecurrentCache] = None) -> Tensor:
+    def forward(
+        self, x: Tensor, documents: Optional[Documents] = None, cache: Optional[RecurrentCache] = None
+    ) -> Tensor:
         qkv, decay, erase, write, gate = self.in_proj(x).split(self.branches, dim=-1)
         q, k, v = self._convolve(qkv, documents, cache)
         g, b, w = self._gates(self.decay_up(decay), erase, write)
         if cache is None:
             o, _ = chunk_gdn2(
-                q, k, v, g, b, w, use_qk_l2norm_in_kernel=True, cu_seqlens=None if documents is None else documents.cu_seqlens
+                q,
+                k,
+                v,
+                g,
+                b,
+                w,
+                use_qk_l2norm_in_kernel=True,
+                cu_seqlens=None if documents is None else documents.cu_seqlens,
             )
         else:
             step = fused_recurrent_gdn2 if x.shape[1] == 1 else chunk_gdn2
@@ -98,7 +112,11 @@ class GatedDeltaNet2(nn.Module):
         positions = None if documents is None else documents.positions
         qkv = short_conv(qkv, self.conv.weight, positions, None if cache is None else cache.inputs)
         q, k, v = qkv.split([c.num_heads * c.head_dim] * 2 + [c.value_heads * c.value_dim], dim=-1)
-        return [q.unflatten(-1, (c.num_heads, -1)), k.unflatten(-1, (c.num_heads, -1)), v.unflatten(-1, (c.value_heads, -1))]
+        return [
+            q.unflatten(-1, (c.num_heads, -1)),
+            k.unflatten(-1, (c.num_heads, -1)),
+            v.unflatten(-1, (c.value_heads, -1)),
+        ]
 
     def _gates(self, decay: Tensor, erase: Tensor, write: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Branches [B, T, .] -> g, b [B, T, HV, K], w [B, T, HV, V]; the decay in fp32 at least."""

@@ -1,7 +1,7 @@
 """Causal softmax attention, over all past tokens or over a sliding window, exact and without a [T, T] mask for windows.
 
-flash-attn where it is installed and applies (CUDA, 16-bit); PyTorch's scaled_dot_product_attention everywhere else, where a window of W
-tokens runs as blocks of W queries against the 2W keys that they can see.
+flash-attn where it is installed and applies (CUDA, 16-bit); PyTorch's scaled_dot_product_attention everywhere else,
+where a window of W tokens runs as blocks of W queries against the 2W keys that they can see.
 """
 
 import importlib.util
@@ -49,7 +49,10 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, document_ids: Option
     """Blocks of `window` queries against the same block of keys and the one before."""
     B, T, H, D = q.shape
     first = causal_attention(
-        q[:, :window], k[:, :window], v[:, :window], document_ids=None if document_ids is None else document_ids[:window]
+        q[:, :window],
+        k[:, :window],
+        v[:, :window],
+        document_ids=None if document_ids is None else document_ids[:window],
     )
     padding = -T % window
     if padding:
@@ -63,7 +66,9 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, document_ids: Option
     if document_ids is None:
         mask = _mask(window, 2 * window, window, q.device)
     else:
-        ids = document_ids.unfold(0, 2 * window, window)  # one row for each block; a batch of documents is packed, so B = 1
+        ids = document_ids.unfold(
+            0, 2 * window, window
+        )  # one row for each block; a batch of documents is packed, so B = 1
         mask = torch.stack([_mask(window, 2 * window, window, q.device, row) for row in ids])[:, None]
     rest = _sdpa(queries, keys, values, mask=mask).reshape(B, blocks * window, H, D)
     return torch.cat([first, rest[:, : T - window]], dim=1)
@@ -93,9 +98,10 @@ class RotaryEmbedding(torch.nn.Module):
         self.head_dim, self.base = head_dim, base
 
     def forward(self, q: Tensor, k: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """q, k [B, T, H, D] at positions start, start + 1, ... -> the same, turned; angles in fp32."""
-        channel = torch.arange(0, self.head_dim, 2, device=q.device, dtype=torch.float32)
-        position = torch.arange(start, start + q.shape[1], device=q.device, dtype=torch.float32)
+        """q, k [B, T, H, D] at positions start, start + 1, ... -> the same, turned; angles in fp32 at least."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        channel = torch.arange(0, self.head_dim, 2, device=q.device, dtype=wide)
+        position = torch.arange(start, start + q.shape[1], device=q.device, dtype=wide)
         angle = torch.outer(position, self.base ** (-channel / self.head_dim))[:, None]
         cos, sin = angle.cos(), angle.sin()
         return _turn(q, cos, sin), _turn(k, cos, sin)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in fp32 at least and returned in x's dtype (arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last axis, computed in fp32 at least, returned in x's dtype (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()

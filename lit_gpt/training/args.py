@@ -20,7 +20,9 @@ class RecipeArgs:
     total_tokens: Optional[int] = None
     """Tokens of the whole run; by default what train_config says."""
     micro_batch_size: int = 0
-    """Sequences in one forward pass on one GPU; changes speed and memory, not the result. 0: the largest that divides the batch and holds at most 16,384 tokens."""
+    """Sequences in one forward pass on one GPU; changes speed and memory, not the result. 0: the largest that divides
+    the batch and holds at most 16,384 tokens.
+    """
     seed: int = 3407
     """Seed of the initialisation and of the data order."""
 
@@ -30,13 +32,17 @@ class RunArgs:
     model_name: str
     """Model: a file of configs/models, or the path of a YAML file."""
     output_root: Path
-    """Where runs are kept: this one in <output_root>/outputs/<train_config>_<exp_name>. The same command again resumes it."""
+    """Where runs are kept: this one in <output_root>/outputs/<train_config>_<exp_name>. The same command again resumes
+    it.
+    """
     exp_name: str
     """Name of the experiment."""
     interactive_job: bool = False
     """Use this machine's GPUs (or its CPU) directly, whatever the scheduler's environment says."""
     debug: bool = False
-    """A short fresh run in a folder of its own (<...>_debug, replaced each time): a few steps of two micro-batches, one evaluation, one checkpoint, anomaly detection, no loader thread, loggers offline."""
+    """A short fresh run in a folder of its own (<...>_debug, replaced each time): a few steps of two micro-batches, one
+    evaluation, one checkpoint, anomaly detection, no loader thread, loggers offline.
+    """
     dry_run: bool = False
     """Resolve, count and check everything, print it, and stop before anything is written."""
     nnodes: int = 1

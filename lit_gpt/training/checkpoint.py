@@ -1,14 +1,16 @@
 """Checkpoints: folders `step-%08d` that are complete or not there.
 
-A checkpoint is written into a hidden folder beside its place and renamed when every rank has written its part. It holds the model and the
-optimizer (torch.distributed.checkpoint) and `meta.json`: the position, the model's config, the data's fingerprint. There is no generator state to
-keep: data order is a closed form of the position, and the model draws nothing while it trains.
+A checkpoint is written into a hidden folder beside its place and renamed when every rank has written its part. It holds
+the model and the optimizer (torch.distributed.checkpoint) and `meta.json`: the position, the model's config, the data's
+fingerprint. There is no generator state to keep: data order is a closed form of the position, and the model draws
+nothing while it trains.
 """
 
 import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +36,13 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, fabric: Fabric):
         self.folder, self.keep, self.fabric = folder, keep, fabric
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> Path:
-        """Write a checkpoint, all ranks together, then drop those older than the last `keep`."""
-        path = self.folder / f"step-{step:08d}"
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> dict:
+        """Write the checkpoint of meta["step"], all ranks together, then drop those older than the last `keep`.
+
+        Returns its name and the seconds that it took.
+        """
+        began = time.perf_counter()
+        path = self.folder / f"step-{meta['step']:08d}"
         temporary = path.with_name(f".{path.name}.tmp")
         if self.fabric.is_global_zero:
             self._sweep()
@@ -55,7 +61,7 @@ class Checkpoints:
             for old in complete_checkpoints(self.folder)[: -self.keep]:
                 _remove(old)
         self.fabric.barrier()
-        return path
+        return {"checkpoint": path.name, "seconds": time.perf_counter() - began}
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Fill model and optimizer from a checkpoint, all ranks together. Raises UserError if it cannot be read."""
@@ -92,7 +98,9 @@ def read_meta(path: Path) -> dict:
     try:
         meta = json.loads((path / "meta.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a complete checkpoint: {error}. Remove the folder to go on from the one before.") from error
+        raise UserError(
+            f"{path} is not a complete checkpoint: {error}. Remove the folder to go on from the one before."
+        ) from error
     if meta.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {meta.get('format')!r}; this version reads {FORMAT}.")
     return meta
@@ -104,7 +112,9 @@ def _load(state: dict, path: Path) -> None:
             dcp.load(state, checkpoint_id=path)
     except (Exception, CheckpointException) as error:  # the latter, no Exception, wraps whatever went wrong on any rank
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read ({reason}). Remove the folder to go on from the one before.") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read ({reason}). Remove the folder to go on from the one before."
+        ) from error
 
 
 def _remove(path: Path) -> None:

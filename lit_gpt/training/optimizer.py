@@ -20,14 +20,17 @@ class OptimizerArgs:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Every parameter once, in groups `matrices`, `embeddings` and `no decay`, with the names of the parameters in each.
+    """Every parameter once, in groups `matrices`, `embeddings` and `no decay`, with the names of the parameters in
+    each.
 
-    Only weights of linear layers and embeddings decay: whatever else there is (norms, biases, convolutions, A_log, dt_bias) sets scales
-    and time constants, which have no business near zero.
+    Only weights of linear layers and embeddings decay: whatever else there is (norms, biases, convolutions, A_log,
+    dt_bias) sets scales and time constants, which have no business near zero.
     """
     kind = {id(m.weight): "matrices" for m in model.modules() if isinstance(m, nn.Linear)}
     kind |= {id(m.weight): "embeddings" for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups = {name: {"name": name, "params": [], "parameter_names": []} for name in ("matrices", "embeddings", "no decay")}
+    groups = {
+        name: {"name": name, "params": [], "parameter_names": []} for name in ("matrices", "embeddings", "no decay")
+    }
     for name, parameter in model.named_parameters():
         group = groups[kind.get(id(parameter), "no decay")]
         group["params"].append(parameter)

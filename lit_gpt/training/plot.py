@@ -15,7 +15,9 @@ def plot_losses(records: list[dict], path: Path, title: str) -> None:
     training = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
     if training:
         axes.plot(*zip(*training), color="0.6", linewidth=1, label="training")
-    for name in sorted({k for r in records for k in r if k.startswith("val_loss@")}, key=lambda k: int(k.split("@")[1])):
+    for name in sorted(
+        {k for r in records for k in r if k.startswith("val_loss@")}, key=lambda k: int(k.split("@")[1])
+    ):
         axes.plot(*zip(*[(r["tokens"], r[name]) for r in records if name in r]), marker="o", markersize=3, label=name)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)

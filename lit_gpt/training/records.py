@@ -2,7 +2,10 @@
 
 import json
 import os
+import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,8 +16,18 @@ from lit_gpt.errors import UserError
 from lit_gpt.files import write_atomically, write_json
 from lit_gpt.training.plot import plot_losses
 
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H20": 148e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
-"""Dense bf16 FLOP/s of data-center GPUs, from their data sheets, by a part of the device's name; the first that fits counts."""
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
+"""Dense bf16 FLOP/s of data-center GPUs, from their data sheets, by a part of the device's name; the first that fits
+counts.
+"""
 
 
 def peak_flops(device_name: str) -> Optional[float]:
@@ -37,12 +50,12 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class Records:
-    """The open records of a run, on the first rank only; elsewhere every method does nothing."""
+    """The records of a run, kept by its first rank; on the others every method does nothing."""
 
-    def __init__(self, folder: Path, active: bool, total_steps: int):
-        self.folder, self.active, self.total_steps = folder, active, total_steps
+    def __init__(self, folder: Path, total_steps: int, active: bool):
+        self.folder, self.total_steps, self.active = folder, total_steps, active
         self.wandb: Any = None
-        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,28 +66,33 @@ class Records:
         self.progress = Progress(*columns, console=self.console, disable=not (active and sys.stdout.isatty()))
         self.task = self.progress.add_task("training", total=total_steps, loss="-", speed="-")
 
-    def open(self, step: int, wandb_options: Optional[dict] = None) -> None:
-        """Start recording after `step`: lines of later steps, which a kill left without a checkpoint, are dropped."""
+    @contextmanager
+    def opened(self, step: int, wandb_options: Optional[dict] = None) -> Iterator[None]:
+        """Record what follows `step`: lines of later steps, which a kill left without a checkpoint, are dropped."""
         if not self.active:
+            yield
             return
-        kept = [r for r in read_metrics(self.folder / "metrics.jsonl") if r["step"] <= step]
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())
-        self.metrics = open(self.folder / "metrics.jsonl", "a")
-        self.progress.update(self.task, completed=step)
-        self.progress.start()
+        path = self.folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(path) if r["step"] <= step]
+        write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         if wandb_options is not None:
             import wandb
 
             self.wandb = wandb.init(**wandb_options)
+        with open(path, "a") as self.metrics, self.progress:
+            self.progress.update(self.task, completed=step)
+            yield
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def step(self, step: int) -> None:
         self.progress.update(self.task, completed=step)
 
     def training(self, record: dict) -> None:
         """One log line: at least step, tokens, loss, lr, grad_norm, tokens_per_second, mfu."""
-        speed = f"{record['tokens_per_second']:,.0f}"
-        self.progress.update(self.task, loss=f"{record['loss']:.4f}", speed=speed)
-        text = f"step {record['step']:>7,} / {self.total_steps:,}  tokens {record['tokens']:>13,}  loss {record['loss']:.4f}  "
+        loss, speed = f"{record['loss']:.4f}", f"{record['tokens_per_second']:,.0f}"
+        self.progress.update(self.task, loss=loss, speed=speed)
+        text = f"step {record['step']:>7,} / {self.total_steps:,}  tokens {record['tokens']:>13,}  loss {loss}  "
         text += f"lr {record['lr']:.2e}  grad norm {record['grad_norm']:.3f}  {speed} tokens/s"
         text += f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         self._write(record, f"{text}  left {duration(record['seconds_left'])}")
@@ -82,7 +100,9 @@ class Records:
     def validation(self, record: dict) -> None:
         """Losses by length: val_loss@4096 and so on."""
         losses = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k.startswith("val_loss@"))
-        self._write(record, f"step {record['step']:>7,}  {losses}  ({record['blocks']} blocks, {record['seconds']:.1f} s)")
+        self._write(
+            record, f"step {record['step']:>7,}  {losses}  ({record['blocks']} blocks, {record['seconds']:.1f} s)"
+        )
         self.plot()
 
     def checkpoint(self, record: dict) -> None:
@@ -92,18 +112,25 @@ class Records:
         if self.active:
             plot_losses(read_metrics(self.folder / "metrics.jsonl"), self.folder / "loss.png", self.folder.name)
 
-    def say(self, *things: Any) -> None:
-        if self.active:
-            self.console.print(*things)
-
-    def close(self, summary: Optional[dict] = None) -> None:
-        """End the progress bar; with a summary, write summary.json and the last plot."""
-        self.progress.stop()
-        if self.active and summary is not None:
-            write_json(self.folder / "summary.json", summary)
-            self.plot()
-        if self.wandb is not None:
-            self.wandb.finish()
+    def summarize(self, facts: dict) -> None:
+        """Write summary.json, of what was recorded and the facts given, and the last plot; say where all lies."""
+        if not self.active:
+            return
+        records = read_metrics(self.folder / "metrics.jsonl")
+        training = [r for r in records if "loss" in r]
+        evaluations = [{k: r[k] for k in r if k.startswith("val_loss@")} for r in records if "blocks" in r]
+        summary = dict(facts)
+        if training:
+            summary["loss"] = training[-1]["loss"]
+            summary["median_tokens_per_second"] = statistics.median(r["tokens_per_second"] for r in training)
+        if evaluations:
+            summary |= evaluations[-1]
+        write_json(self.folder / "summary.json", summary)
+        self.plot()
+        for name, value in summary.items():
+            self.console.print(f"{name:>26}  {value:,.4f}" if isinstance(value, float) else f"{name:>26}  {value}")
+        for name in ("config.yaml", "metrics.jsonl", "loss.png", "summary.json", "checkpoints"):
+            self.console.print(f"{'written':>26}  {self.folder / name}")
 
     def _write(self, record: dict, text: str) -> None:
         if not self.active:

@@ -15,9 +15,11 @@ MICRO_BATCH_TOKENS = 16384
 
 
 def recipe_flags(name: str) -> list[str]:
-    """Command-line flags that a training recipe stands for: configs/train/<name>.yaml if there is one, else read off the name.
+    """Command-line flags that a training recipe stands for: configs/train/<name>.yaml if there is one, else read off
+    the name.
 
-    `tsz<sequences>x<length>_<tokens>`, such as tsz128x4k_100B: batches of exactly 128 sequences of 4096 tokens, 100 billion tokens in all.
+    `tsz<sequences>x<length>_<tokens>`, such as tsz128x4k_100B: batches of exactly 128 sequences of 4096 tokens, 100
+    billion tokens in all.
 
     Raises:
         UserError: neither a file nor a name of that form.
@@ -29,8 +31,8 @@ def recipe_flags(name: str) -> list[str]:
     if not match:
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise UserError(
-            f"unknown train_config {name!r}. Write tsz<sequences>x<length>_<tokens> with a length of 2k, 4k, ... 128k, such as "
-            f"tsz128x4k_100B, or name a file of configs/train. {suggest(name, known)}"
+            f"unknown train_config {name!r}. Write tsz<sequences>x<length>_<tokens> with a length of 2k, 4k, ... 128k, "
+            f"such as tsz128x4k_100B, or name a file of configs/train. {suggest(name, known)}"
         )
     sequences, length, amount, unit = match.groups()
     values = {
@@ -61,7 +63,9 @@ def learning_rate_at(tokens: int, total_tokens: int, args: ScheduleArgs) -> floa
     return floor + (args.learning_rate - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def split_batch(sequences_per_batch: int, sequence_length: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
+def split_batch(
+    sequences_per_batch: int, sequence_length: int, micro_batch_size: int, world_size: int
+) -> tuple[int, int]:
     """Micro-batch size and micro-batches per rank and step that make up the global batch exactly.
 
     A micro_batch_size of 0 picks the largest that divides the batch and holds at most 16,384 tokens.
@@ -76,7 +80,8 @@ def split_batch(sequences_per_batch: int, sequence_length: int, micro_batch_size
         if rest:
             ranks = [w for w in range(1, 2 * world_size) if sequences_per_batch % w == 0]
             near = sorted(sorted(ranks, key=lambda w: abs(w - world_size))[:3])
-            advice = f"Use {_either(near)} ranks, or a train_config of {round_to(sequences_per_batch, world_size)} sequences."
+            whole = round_to(sequences_per_batch, world_size)
+            advice = f"Use {_either(near)} ranks, or a train_config of {whole} sequences."
         else:
             near = sorted(sorted(divisors, key=lambda d: abs(math.log(d / micro_batch_size)))[:3])
             whole = round_to(sequences_per_batch, world_size * micro_batch_size)

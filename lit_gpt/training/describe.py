@@ -1,0 +1,72 @@
+"""Everything that was resolved, for people, before anything is done."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Optional
+
+import lightning
+import torch
+import yaml
+from lightning.fabric import Fabric
+from rich.console import Console
+from rich.table import Table
+
+from data import TrainData, ValidationData
+from lit_gpt.config import ModelConfig
+from lit_gpt.model import GPT
+from lit_gpt.ops import attention
+from lit_gpt.training.args import PretrainArgs
+from lit_gpt.training.optimizer import describe_groups, parameter_groups
+from lit_gpt.training.plan import Plan
+
+
+def describe(
+    console: Console,
+    fabric: Fabric,
+    args: PretrainArgs,
+    config: ModelConfig,
+    plan: Plan,
+    train: TrainData,
+    validation: Optional[ValidationData],
+) -> None:
+    """Print model, devices, batch, data and parameter groups; with --debug or --dry_run every argument too."""
+    with torch.device("meta"):
+        skeleton = GPT(config)
+    blocks, parameters = skeleton.num_parameters(blocks_only=True), skeleton.num_parameters()
+    layers = [config.mixer(i) for i in range(config.n_layer)]
+    cuda = fabric.device.type == "cuda"
+    kernels = attention.backend(fabric.device, torch.bfloat16 if cuda else torch.float32)
+    epochs = train.epochs(plan.total_steps * args.sequences_per_batch)
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    split = f"{fabric.world_size} ranks x {plan.accumulation} micro-batches of {plan.micro_batch}"
+    states = f"{16 * parameters / 2**30:.2f} GiB"
+    rows = {
+        "run folder": str(plan.folder),
+        "model": f"{config.n_layer} layers: {', '.join(f'{layers.count(m)} {m}' for m in dict.fromkeys(layers))}",
+        "parameters": f"{blocks:,} in the blocks, {parameters:,} in all",
+        "training FLOPs": f"{skeleton.flops_per_token(args.sequence_length) / 1e9:.3g} G per token",
+        "memory": f"{states} of weights, gradients and AdamW on each device, besides activations",
+        "devices": f"{fabric.world_size} x {device}, {'bf16-mixed' if cuda else 'fp32'}",
+        "kernels": f"GDN-2: chunkwise PyTorch; attention: {kernels}",
+        "global batch": f"{args.sequences_per_batch} x {args.sequence_length} = {plan.batch_tokens:,} tokens: {split}",
+        "steps": f"{plan.total_steps:,}, {plan.total_steps * plan.batch_tokens:,} tokens",
+        "training data": f"{train.corpus.num_tokens:,} tokens, of which the run sees {epochs:.2f} epochs",
+        "validation": "none: no validation shards",
+    }
+    if validation:
+        rows["validation"] = f"{plan.eval_blocks} blocks of {validation.block_length} tokens"
+    table = Table(title=f"{args.model_name}, {args.train_config}", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(describe_groups(parameter_groups(skeleton, args.weight_decay)))
+    if args.debug or args.dry_run:
+        console.print(yaml.safe_dump(resolved(args, config), sort_keys=False), markup=False)
+
+
+def resolved(args: PretrainArgs, config: ModelConfig) -> dict:
+    """Every argument, the model's config and the versions, as config.yaml holds them."""
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items()}
+    versions = {"torch": str(torch.__version__), "lightning": lightning.__version__, "python": sys.version.split()[0]}
+    return {**values, "model": config.to_dict(), "versions": versions}
