@@ -482,6 +482,16 @@ def test_a_lost_shard_is_named_with_what_to_do(tmp_path, small_tokenizer):
         prepare.finish(job, units, small_tokenizer)
 
 
+def test_units_of_another_tokenizer_are_refused(tmp_path, small_tokenizer):
+    path = write_source(".jsonl", tmp_path)
+    prepared(path, tmp_path / "out", small_tokenizer)
+    units = list_units(path, EXTENSIONS, None, "text", exclude=tmp_path / "out")
+    job = prepare.Job(tmp_path / "out", "data", "text", "bos_eos", 0.2)
+    other = train_tokenizer([text(1)], 320, tmp_path / "other")
+    with pytest.raises(UserError, match="unit 0 of .* was made with another tokenizer"):
+        prepare.finish(job, units, other)
+
+
 def test_a_second_process_is_kept_out(tmp_path, small_tokenizer):
     path = write_source(".jsonl", tmp_path)
     units = list_units(path, EXTENSIONS, None, "text", exclude=tmp_path / "out")
