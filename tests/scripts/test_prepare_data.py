@@ -488,7 +488,7 @@ def test_units_of_another_tokenizer_are_refused(tmp_path, small_tokenizer):
     units = list_units(path, EXTENSIONS, None, "text", exclude=tmp_path / "out")
     job = prepare.Job(tmp_path / "out", "data", "text", "bos_eos", 0.2)
     other = train_tokenizer([text(1)], 320, tmp_path / "other")
-    with pytest.raises(UserError, match="unit 0 of .* was made with another tokenizer"):
+    with pytest.raises(UserError, match=r"unit 0 of .* was made with another tokenizer"):
         prepare.finish(job, units, other)
 
 
