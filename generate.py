@@ -70,13 +70,14 @@ def main(argv: Optional[list[str]] = None) -> None:
     checkpoint = _find_checkpoint(args.checkpoint)
     meta = read_meta(checkpoint)
     tokenizer = Tokenizer(args.tokenizer or _tokenizer_of(checkpoint))
-    prompt = _encode(_prompt(args), tokenizer, meta.get("document_format", "bos_eos"))
+    # A corpus that came without a manifest does not say how its documents begin.
+    prompt = _encode(_prompt(args), tokenizer, meta.get("document_format") or "bos_eos")
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with console.status(f"loading {checkpoint.name}"):
         model = _load(checkpoint, meta, device, bf16)
     where = f"on {device.type} in {'bf16' if bf16 else 'fp32'}"
-    console.print(f"{meta['model_name']}, {checkpoint.name}: {model.num_parameters():,} parameters, {where}.")
+    console.print(f"{checkpoint}: {model.num_parameters():,} parameters, {where}.")
     with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
         for i in range(args.num_samples):
             if args.num_samples > 1:
@@ -192,7 +193,7 @@ def _encode(prompt: str, tokenizer: Tokenizer, document_format: str) -> list[int
 
 def _load(checkpoint: Path, meta: dict, device: torch.device, bf16: bool) -> GPT:
     """The model of a checkpoint; with bf16, its matrices in it, which autocast would else cast at every step."""
-    config = ModelConfig.from_dict({**meta["model"], "name": meta["model_name"]}, str(checkpoint / "meta.json"))
+    config = ModelConfig.from_dict(meta["model"], str(checkpoint / "meta.json"))
     with torch.device(device):
         model = GPT(config)
     load_model(checkpoint, model)
