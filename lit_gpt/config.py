@@ -67,14 +67,12 @@ class GDN2Config:
         return round(self.head_dim * self.expand_v)
 
     def validate(self) -> None:
-        _require(self.value_heads % self.num_heads == 0, "gdn2.num_value_heads", "a multiple of gdn2.num_heads")
-        _require(
-            self.value_dim == self.head_dim * self.expand_v > 0,
-            "gdn2.expand_v",
-            "such that head_dim * expand_v is whole",
-        )
-        _require(self.write != "tied" or self.erase == "scalar", "gdn2.write", "tied only to a scalar erase gate")
-        _require(self.conv_size >= 1, "gdn2.conv_size", "at least 1")
+        _require_positive(self, "num_heads", "num_value_heads", "head_dim", "conv_size", "decay_rank", "erase_range")
+        _require(self.value_heads % self.num_heads == 0, "num_value_heads", "a multiple of num_heads")
+        whole = self.value_dim == self.head_dim * self.expand_v > 0
+        _require(whole, "expand_v", "such that head_dim * expand_v is a whole number of channels")
+        _require(self.write != "tied" or self.erase == "scalar", "write", "tied only to a scalar erase gate")
+        _require(self.output_gate_rank >= 0, "output_gate_rank", "at least 0")
 
 
 @dataclass
@@ -97,9 +95,9 @@ class AttentionConfig:
         return self.num_kv_heads or self.num_heads
 
     def validate(self) -> None:
-        _require(self.num_heads % self.kv_heads == 0, "attention.num_kv_heads", "a divisor of attention.num_heads")
-        _require(self.head_dim % 2 == 0, "attention.head_dim", "even, as rotary positions turn pairs of channels")
-        _require(self.window >= 1, "attention.window", "at least 1")
+        _require_positive(self, "num_heads", "num_kv_heads", "head_dim", "window", "rope_base")
+        _require(self.num_heads % self.kv_heads == 0, "num_kv_heads", "a divisor of num_heads")
+        _require(self.head_dim % 2 == 0, "head_dim", "even, as rotary positions turn pairs of channels")
 
 
 @dataclass
@@ -129,10 +127,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.block_pattern) > 0, "block_pattern", "at least one mixer")
-        for size in ("n_layer", "n_embd", "intermediate_size", "vocab_size"):
-            _require(getattr(self, size) >= 1, size, "at least 1")
-        self.gdn2.validate()
-        self.attention.validate()
+        _require_positive(self, "n_layer", "n_embd", "intermediate_size", "vocab_size", "norm_eps")
+        for name in ("gdn2", "attention"):
+            try:
+                getattr(self, name).validate()
+            except UserError as error:
+                raise UserError(f"{name}.{error}") from None
 
     def mixer(self, layer: int) -> MixerName:
         """The token mixer of block `layer`."""
@@ -181,7 +181,7 @@ def _build(cls: type, values: dict, source: str) -> Any:
     arguments = {}
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{source}: unknown field {name!r}. {suggest(name, sorted(known))}")
+            raise UserError(f"{source}: unknown field {name!r}. {suggest(str(name), sorted(known))}")
         kind = known[name].type
         if is_dataclass(kind) and isinstance(value, dict):
             value = _build(kind, value, source)
@@ -212,6 +212,8 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _spell(kind: Any) -> str:
+    if is_dataclass(kind):
+        return "a mapping of fields"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is list:
@@ -224,3 +226,9 @@ def _spell(kind: Any) -> str:
 def _require(condition: bool, name: str, what: str) -> None:
     if not condition:
         raise UserError(f"{name} must be {what}.")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, name, f"above 0, not {value}")

@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Wrap a program's entry so that a UserError prints `error: <message>` and exits with code 2."""
+    """Wrap a program's entry: a UserError prints `error: <message>` and exits with code 2, Ctrl-C exits with 130."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -21,5 +21,12 @@ def exit_on_user_error(main: Callable) -> Callable:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print(
+                "interrupted. What was saved is whole: the same command goes on from there.",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(130)
 
     return wrapped

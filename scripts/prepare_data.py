@@ -56,6 +56,8 @@ class PrepareArgs:
     """Share of documents held out for validation, chosen by a hash of their text."""
     extensions: str = ".py,.txt,.rst,.md,.jsonl,.jsonl.zst,.parquet"
     """Endings of the files to read. Any but .jsonl, .jsonl.zst and .parquet is read as UTF-8 text."""
+    exclude: str = ""
+    """Names of folders to leave out, wherever they are: "tests,node_modules"."""
     unit_bytes: Optional[int] = None
     """Source bytes per shard, the work lost to a kill. Left out: a 64th of the source, 1 to 256 MiB."""
     workers: Optional[int] = None
@@ -88,7 +90,8 @@ def main(argv: Optional[list[str]] = None) -> None:
     check(args)
     started = time.monotonic()
     extensions = tuple(ending.strip() for ending in args.extensions.split(",") if ending.strip())
-    units = list_units(args.source, extensions, args.unit_bytes, args.text_column, exclude=args.out)
+    names = [name.strip() for name in args.exclude.split(",") if name.strip()]
+    units = list_units(args.source, extensions, args.unit_bytes, args.text_column, args.out, exclude_names=names)
     tokenizer = args.train_tokenizer or Tokenizer(args.tokenizer)
     job = prepare.Job(args.out, args.name, args.text_column, args.document_format, args.validation_fraction)
     plan = prepare.plan_of(job, units, tokenizer)

@@ -8,7 +8,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -47,11 +47,16 @@ class Unit:
 
 
 def list_units(
-    source: Path, extensions: tuple[str, ...], unit_bytes: Optional[int], text_column: str, exclude: Path
+    source: Path,
+    extensions: tuple[str, ...],
+    unit_bytes: Optional[int],
+    text_column: str,
+    exclude: Path,
+    exclude_names: Collection[str] = (),
 ) -> list[Unit]:
     """Cut `source`, a file or a folder, into units of about `unit_bytes`; None: a 64th of it, 1 to 256 MiB.
 
-    The folder `exclude` (where output goes) is not part of the source.
+    The folder `exclude` (where output goes) is not part of the source, nor is any folder called by one of exclude_names.
 
     Raises:
         UserError: nothing to read there, an unknown kind of file, or a .parquet file without `text_column`.
@@ -67,7 +72,7 @@ def list_units(
             )
         root, names = source.parent, [source.name]
     else:
-        root, names = source, _walk(source, extensions, exclude.resolve())
+        root, names = source, _walk(source, extensions, exclude.resolve(), exclude_names)
         if not names:
             raise UserError(f"{source} holds no files that end in {', '.join(extensions)}. See --extensions.")
     stats = {name: (root / name).stat() for name in names}
@@ -142,11 +147,12 @@ def sample_texts(units: list[Unit], text_column: str, budget: int) -> Iterator[s
                 break
 
 
-def _walk(folder: Path, extensions: tuple[str, ...], exclude: Path) -> list[str]:
+def _walk(folder: Path, extensions: tuple[str, ...], exclude: Path, exclude_names: Collection[str]) -> list[str]:
     """Files below `folder` with one of the endings: relative paths with "/", sorted."""
     names = []
     for parent, subfolders, files in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if (Path(parent) / name).resolve() != exclude]
+        kept = [name for name in subfolders if name not in exclude_names]
+        subfolders[:] = [name for name in kept if (Path(parent) / name).resolve() != exclude]
         paths = (Path(parent) / name for name in files if name.endswith(extensions))
         names += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
     return sorted(names)

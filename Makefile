@@ -1,0 +1,31 @@
+# make demo: raw text to a trained, evaluated, sampled model, in minutes on a laptop.   make test: the tests.
+# Both need only Python 3.11 or newer and make; everything is installed into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint bench clean
+
+demo: .venv/installed
+	$(BIN)/python scripts/demo.py
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/loader.py
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

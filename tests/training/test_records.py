@@ -1,0 +1,65 @@
+"""metrics.jsonl survives kills and resumes; pictures and summaries are made from it."""
+
+import json
+
+import pytest
+
+from lit_gpt.errors import UserError
+from lit_gpt.training.records import Records, duration, peak_flops, read_metrics
+
+
+def line(step: int, loss: float) -> dict:
+    speed = {"tokens_per_second": 100.0, "mfu": None, "seconds_left": 1.0}
+    return {"step": step, "tokens": 10 * step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0, **speed}
+
+
+def test_lines_after_the_checkpoint_are_dropped_at_a_resume(tmp_path):
+    records = Records(tmp_path, total_steps=4, active=True)
+    with records.opened(0):
+        for step in (1, 2, 3):
+            records.training(line(step, float(step)))
+    records = Records(tmp_path, total_steps=4, active=True)
+    with records.opened(2):
+        records.training(line(3, 30.0))
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(line(1, 2.0)) + "\n" + '{"step": 2, "lo')
+    assert [r["step"] for r in read_metrics(path)] == [1]
+
+
+def test_damage_elsewhere_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("not json\n" + json.dumps(line(1, 2.0)) + "\n")
+    with pytest.raises(UserError, match="line 1"):
+        read_metrics(path)
+
+
+def test_summary_and_picture_come_from_the_lines(tmp_path):
+    records = Records(tmp_path, total_steps=2, active=True)
+    with records.opened(0):
+        records.training(line(1, 2.0))
+        records.training(line(2, 1.5))
+        records.validation({"step": 2, "tokens": 20, "val_loss@8": 1.7, "val_loss@16": 1.6, "blocks": 2, "seconds": 0.1})
+        records.checkpoint({"step": 2, "tokens": 20, "checkpoint": "step-00000002", "seconds": 0.1})
+        records.summarize({"step": 2})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {"step": 2, "loss": 1.5, "median_tokens_per_second": 100.0, "val_loss@8": 1.7, "val_loss@16": 1.6}
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    records = Records(tmp_path, total_steps=2, active=False)
+    with records.opened(0):
+        records.training(line(1, 2.0))
+        records.summarize({"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_and_times():
+    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA H20") == 148e12
+    assert peak_flops("GeForce") is None and peak_flops("") is None
+    assert duration(3723) == "1:02:03" and duration(2 * 86400 + 5) == "2d 0:00:05"
