@@ -80,6 +80,7 @@ def setup(argv: Optional[list[str]] = None) -> None:
         raise UserError(
             "--accelerator cuda, but PyTorch sees no GPU here. Use --accelerator cpu, or a machine with one."
         )
+    torch.set_float32_matmul_precision("high")
     devices = _devices(args.devices, cuda)
     fabric = Fabric(
         accelerator="cuda" if cuda else "cpu",
@@ -90,7 +91,6 @@ def setup(argv: Optional[list[str]] = None) -> None:
         plugins=[LightningEnvironment()] if args.interactive_job else None,
     )
     fabric.launch()
-    torch.set_float32_matmul_precision("high")
     main(fabric, shortened(args, fabric.world_size) if args.debug else args, config)
 
 
@@ -122,8 +122,7 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
         run.step = step_of(newest, run.identity)
 
     fabric.seed_everything(args.seed, verbose=False)
-    with fabric.init_module():
-        model = GPT(config)
+    model = GPT(config).to(fabric.device)  # drawn on the CPU, so that a seed means the same weights everywhere
     optimizer = adamw(model, args)
     if newest:
         run.checkpoints.load(newest, model, optimizer)

@@ -25,7 +25,7 @@ def parse(
     Raises:
         UserError: unknown flag, missing or mistyped value.
     """
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of flags, applied at its place among them.")
     parser.add_class_arguments(cls)
     flags = {f"--{f.name}" for f in fields(cls) if f.type is bool}

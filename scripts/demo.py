@@ -21,7 +21,7 @@ from data import ValidationData
 from lit_gpt.tokens.corpus import Corpus
 from lit_gpt.tokens.ngrams import ngram_losses
 
-MODEL, RECIPE, VOCABULARY = "swa_gdn2_3M", "demo", 4096
+MODEL, RECIPE, VOCABULARY = "swa_gdn2_3M", "demo", 1024
 PROMPTS = ["def read_file(path", "class Connection("]
 
 console = Console(highlight=False, soft_wrap=True)
@@ -54,16 +54,12 @@ def main() -> None:
         *("pretrain.py", "--train_data_dir", corpus, "--output_root", runs, "--exp_name", "stdlib"),
         *("--model_name", MODEL, "--train_config", RECIPE, "--interactive_job"),
     )
-    run(
-        "3. sample",
-        *("generate.py", "--checkpoint", str(run_folder.relative_to(ROOT)), "--max_new_tokens", "120"),
-        *("--prompt", PROMPTS[0], "--temperature", "0.7"),
-    )
-    run(
-        "4. sample again",
-        *("generate.py", "--checkpoint", str(run_folder.relative_to(ROOT)), "--max_new_tokens", "120"),
-        *("--prompt", PROMPTS[1], "--temperature", "0.7"),
-    )
+    for number, prompt in enumerate(PROMPTS, start=3):
+        run(
+            f"{number}. sample",
+            *("generate.py", "--checkpoint", str(run_folder.relative_to(ROOT)), "--prompt", prompt),
+            *("--max_new_tokens", "120", "--temperature", "0.7"),
+        )
     report(ROOT / corpus, run_folder, time.perf_counter() - began)
 
 

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def short_conv(x: Tensor, weight: Tensor, positions: Optional[Tensor] = None, history: Optional[Tensor] = None) -> Tensor:
+def short_conv(
+    x: Tensor, weight: Tensor, positions: Optional[Tensor] = None, history: Optional[Tensor] = None
+) -> Tensor:
     """y_t = SiLU(sum_j weight[:, W-1-j] * x_{t-j}), taps before the first token being zero.
 
     Args:
