@@ -21,6 +21,7 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/gdn2_cpu.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -82,7 +82,8 @@ def main(argv: Optional[list[str]] = None) -> None:
         for i in range(args.num_samples):
             if args.num_samples > 1:
                 console.print(f"sample {i + 1} of {args.num_samples}, seed {args.seed + i}:")
-            console.print(_prompt(args), end="", style="dim")
+            if console.is_terminal:  # the reader sees where the text goes on from; a pipe gets the new text alone
+                console.print(_prompt(args), end="", style="dim")
             console.print(_stream(model, tokenizer, prompt, args, args.seed + i))
 
 

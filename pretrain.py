@@ -218,7 +218,7 @@ def validate(run: Run, model: nn.Module, validation: ValidationData) -> dict:
 
 
 def open_data(args: PretrainArgs, config: ModelConfig) -> tuple[TrainData, Optional[ValidationData]]:
-    """Training and validation data that fit each other and the model; no validation if the training folder holds none."""
+    """Training and validation data that fit each other and the model; None without a validation split."""
     train = TrainData(args.train_data_dir, args.sequence_length, args.seed)
     check_vocabulary(train.corpus, config.vocab_size)
     if args.val_data_dir is None and not any(args.train_data_dir.glob("validation*.bin")):
@@ -262,10 +262,10 @@ class Speedometer:
 
 
 def _diverged(run: Run, loss: float) -> str:
-    first = (run.step - 1) * run.args.sequences_per_batch
+    size = run.args.sequences_per_batch
     return (
-        f"the loss is {loss} at step {run.step} (sequences {first} to {first + run.args.sequences_per_batch - 1}). This step "
-        "is not saved and older checkpoints are as they were. Lower --learning_rate, or look at that data."
+        f"the loss is {loss} at step {run.step} (sequences {(run.step - 1) * size} to {run.step * size - 1}). This "
+        "step is not saved and older checkpoints are as they were. Lower --learning_rate, or look at that data."
     )
 
 

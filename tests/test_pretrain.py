@@ -110,7 +110,9 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(undisturbed, argume
 
 def test_micro_batches_do_not_change_what_is_trained(undisturbed, arguments, tmp_path):
     pretrain.setup(arguments(micro_batch_size=4, train_num_workers=0, total_tokens=STEPS * 4 * 32))
-    ours, theirs = (np.array([loss for _, loss in losses(f)]) for f in (tmp_path / "outputs" / "debug_test", undisturbed))
+    ours, theirs = (
+        np.array([loss for _, loss in losses(f)]) for f in (tmp_path / "outputs" / "debug_test", undisturbed)
+    )
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
@@ -118,7 +120,9 @@ def test_a_killed_process_goes_on_bit_for_bit(undisturbed, arguments, tmp_path):
     folder = tmp_path / "outputs" / "debug_test"
     command = [sys.executable, str(ROOT / "pretrain.py"), *arguments(save_step_interval=5)]
     victim_step = random.randrange(1, STEPS)
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.time() + 120
     while process.poll() is None and time.time() < deadline:
         if len(losses(folder)) >= victim_step:

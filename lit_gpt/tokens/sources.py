@@ -56,7 +56,7 @@ def list_units(
 ) -> list[Unit]:
     """Cut `source`, a file or a folder, into units of about `unit_bytes`; None: a 64th of it, 1 to 256 MiB.
 
-    The folder `exclude` (where output goes) is not part of the source, nor is any folder called by one of exclude_names.
+    Not part of the source: the folder `exclude`, where output goes, and folders called by one of `exclude_names`.
 
     Raises:
         UserError: nothing to read there, an unknown kind of file, or a .parquet file without `text_column`.

@@ -42,7 +42,9 @@ def test_summary_and_picture_come_from_the_lines(tmp_path):
     with records.opened(0):
         records.training(line(1, 2.0))
         records.training(line(2, 1.5))
-        records.validation({"step": 2, "tokens": 20, "val_loss@8": 1.7, "val_loss@16": 1.6, "blocks": 2, "seconds": 0.1})
+        records.validation(
+            {"step": 2, "tokens": 20, "val_loss@8": 1.7, "val_loss@16": 1.6, "blocks": 2, "seconds": 0.1}
+        )
         records.checkpoint({"step": 2, "tokens": 20, "checkpoint": "step-00000002", "seconds": 0.1})
         records.summarize({"step": 2})
     summary = json.loads((tmp_path / "summary.json").read_text())

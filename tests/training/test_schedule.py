@@ -25,7 +25,16 @@ def test_a_recipe_is_read_off_its_name(name, sequences, length, tokens):
 
 @pytest.mark.parametrize(
     "name",
-    ["tsz512x4k", "512x4k_20B", "tsz512x3k_20B", "tsz512x4k_20B_more", "xtsz512x4k_20B", "tsz0x4k_20B", "tsz512x4k_B", ""],
+    [
+        "tsz512x4k",
+        "512x4k_20B",
+        "tsz512x3k_20B",
+        "tsz512x4k_20B_more",
+        "xtsz512x4k_20B",
+        "tsz0x4k_20B",
+        "tsz512x4k_B",
+        "",
+    ],
 )
 def test_what_is_not_exactly_a_recipe_is_refused(name):
     with pytest.raises(UserError, match="unknown train_config"):
