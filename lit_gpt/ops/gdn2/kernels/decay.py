@@ -1,0 +1,101 @@
+"""Decay factors of a chunk, exact for every log-decay from 0 to -inf.
+
+Every factor the chunk algorithm needs is a product of alpha = exp(g) over a span of rows, so it is at most 1. We
+write its exponent as a sum over the span and let the tensor cores add it up: with x = g log2(e) and a 0/1 matrix M
+whose row i marks the span that row i needs,
+
+    factor = exp2(M x)        and, going back,        dg = M^T (factor * dfactor)
+
+Nothing is subtracted, so nothing cancels and nothing overflows. A chunk is worked on in two halves of N rows; the
+spans of a half:
+
+    head   i: rows 0..i                  from the half's start through i
+    tail   j: rows j+1..N-1              after j to the half's end
+    level  h = N/2, N/4, ... 1: blocks of h rows, taken in couples (even block, odd block)
+           i in the odd block, p its first row: rows p..i; j in the even block: rows j+1..p-1
+
+A pair of rows i > j of one half falls into exactly one couple of exactly one level, and its decay is the product of
+the two.
+
+A pair across the halves decays by tail (first half) times head (second half); to the chunk's ends, the other half's
+total comes on top.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+
+@functools.cache
+def span_table(N: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """0/1 span matrices [2 + log2 N, N, N]: head, tail, then the levels N/2 ... 1."""
+    i, s = torch.arange(N)[:, None], torch.arange(N)[None]
+    spans = [s <= i, s > i]
+    h = N // 2
+    while h:
+        odd, start = (i // h) % 2 == 1, i // h * h
+        spans.append(torch.where(odd, (s >= start) & (s <= i), (s > i) & (s < start + h)))
+        h //= 2
+    return torch.stack(spans).to(device, dtype)
+
+
+@functools.cache
+def span_table_transposed(N: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The transposes of `span_table`."""
+    return span_table(N, dtype, device).transpose(1, 2).contiguous()
+
+
+@triton.jit
+def log_decay(x, a_log, bias, lower_bound, GATE: tl.constexpr):
+    """g from what the caller gave: g itself (GATE 0), -exp(A_log) softplus(x + bias) (1) or lower_bound
+    sigmoid(exp(A_log) (x + bias)) (2)."""
+    if GATE == 1:
+        y = x + bias
+        x = -tl.exp(a_log) * tl.where(y > 20.0, y, tl.log(1.0 + tl.exp(tl.minimum(y, 20.0))))
+    elif GATE == 2:
+        x = lower_bound * tl.sigmoid(tl.exp(a_log) * (x + bias))
+    return x
+
+
+@triton.jit
+def log_decay_backward(x, a_log, bias, lower_bound, dg, GATE: tl.constexpr):
+    """(dx, dA_log), both elementwise; dbias = dx."""
+    if GATE == 1:
+        y = x + bias
+        dx = -tl.exp(a_log) * tl.sigmoid(y) * dg
+        da = dg * log_decay(x, a_log, bias, lower_bound, GATE)
+    else:
+        u = tl.exp(a_log) * (x + bias)
+        p = tl.sigmoid(u)
+        du = dg * lower_bound * p * (1.0 - p)
+        dx = du * tl.exp(a_log)
+        da = du * u
+    return dx, da
+
+
+@triton.jit
+def split_log2(g):
+    """x = g log2(e) as two fp16 summands (22 bits). Below -150, where exp2 is 0 in fp32, x stays at -150: -inf is
+    legal."""
+    x = tl.maximum(g * 1.4426950408889634, -150.0, propagate_nan=tl.PropagateNan.ALL)
+    hi = x.to(tl.float16)
+    return hi, (x - hi.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def span_factor(spans, m, hi, lo, N: tl.constexpr):
+    """exp2(M_m x) as a [BK, N] tile, channel by row; x = hi + lo [BK, N] fp16, spans [.., N, N] fp16."""
+    i = tl.arange(0, N)
+    M = tl.trans(tl.load(spans + m * N * N + i[:, None] * N + i[None, :]))
+    return tl.exp2(tl.dot(lo, M, tl.dot(hi, M)))
+
+
+@triton.jit
+def span_sum(spans_transposed, m, x, acc, N: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + M_m^T x, what the factors' gradients x add to dg, as [BK, N] tiles; spans_transposed [.., N, N] of the
+    dots' type."""
+    i = tl.arange(0, N)
+    M = tl.trans(tl.load(spans_transposed + m * N * N + i[:, None] * N + i[None, :]))
+    return tl.dot(x.to(M.dtype), M, acc, input_precision=PRECISION)

@@ -1,0 +1,268 @@
+"""Backward, second half: dq, dk, db, dg of every chunk, all chunks in parallel.
+
+score_gradients_kernel, one program per (chunk, value head), from do, dz, R:
+
+    dAqk = tril(do R^T)      dT = -stril(dz R^T)
+
+stored as symmetric matrices Wq, Wt (the lower triangle mirrored, the diagonal left out), the diagonal of dAqk apart.
+For the L2 norms it adds the
+two row sums that take out what points along q and k:  sum_K q dq = sum_V o do,   sum_K k dk = sum_V dz (2 R - w v).
+
+state_gradients_kernel, one program per (tile of K, chunk, value head), S before and dS' after the chunk:
+
+    dQg = do S^T      dEg = -dz S^T      dKt = R dS'^T
+
+and what reaches dg of a whole half at once: through the chunk's decay, through the heads of the later half, through
+the tails of the earlier half.
+
+input_gradients_kernel, one program per (tile of K and half, chunk, value head), tiles [BK, N], channel by row, N rows
+being half a chunk: the rest, across the halves and, within a half, per level h, rows scaled as in prepare.py (Yq: q
+in odd blocks, k in even ones; Ye: e and k):
+
+    P = Yq Wqh     N = Ye Wth
+    odd rows: dq += f P, de += f N     even rows: dk += f (P + N)     every row: f df = Yq P + Ye N
+
+dg sums f df of every factor over its span (decay.py). Then db = k de, dk += b de, and the chain through the L2 norm
+and the gate.
+"""
+
+import triton
+import triton.language as tl
+
+from .decay import log_decay_backward, span_factor, span_sum
+
+
+@triton.jit
+def score_gradients_kernel(
+    o, do, v, w, dZ, R, chunk_start, chunk_rows,
+    Wq, Wt, row_sums,
+    HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Reads do [T, HV, V], dZ, R [chunks, HV, C, VP] (o, v, w too with L2NORM). Writes Wq, Wt [chunks, HV, C, C] and
+    row_sums [chunks, HV, 3, C] fp32: diagonal of dAqk, sum_K q dq, sum_K k dk."""
+    n, hv = tl.program_id(0), tl.program_id(1)
+    start = tl.load(chunk_start + n).to(tl.int64)
+    rows = tl.load(chunk_rows + n)
+    if rows == 0:
+        return
+    i = tl.arange(0, C)
+    row, col = i[:, None], i[None, :]
+    base = n.to(tl.int64) * HV + hv
+    first = (start * HV + hv) * V
+    o += first
+    do += first
+    v += first
+    w += first
+    dZ += base * C * VP
+    R += base * C * VP
+    Wq += base * C * C
+    Wt += base * C * C
+    row_sums += base * 3 * C
+    dAqk, dAqk_t = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    dT, dT_t = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    diagonal, q_dq, k_dk = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for s in range(0, VP, BV):
+        c = s + tl.arange(0, BV)
+        mask = (i < rows)[:, None] & (c < V)[None, :]
+        at = row * (HV * V) + c[None, :]
+        local = row * VP + c[None, :]
+        dout = tl.load(do + at, mask, 0.0).to(DOT)
+        r, dz = tl.load(R + local), tl.load(dZ + local)
+        dAqk = tl.dot(dout, tl.trans(r), dAqk, input_precision=PRECISION)
+        dAqk_t = tl.dot(r, tl.trans(dout), dAqk_t, input_precision=PRECISION)
+        dT = tl.dot(dz, tl.trans(r), dT, input_precision=PRECISION)
+        dT_t = tl.dot(r, tl.trans(dz), dT_t, input_precision=PRECISION)
+        r32, dz32, do32 = r.to(tl.float32), dz.to(tl.float32), dout.to(tl.float32)
+        diagonal += tl.sum(do32 * r32, 1)
+        if L2NORM:
+            z = tl.load(v + at, mask, 0.0).to(tl.float32) * tl.load(w + at, mask, 0.0).to(tl.float32)
+            q_dq += tl.sum(do32 * tl.load(o + at, mask, 0.0).to(tl.float32), 1)
+            k_dk += tl.sum(dz32 * (2.0 * r32 - z), 1)
+    at = row * C + col
+    tl.store(Wq + at, tl.where(row > col, dAqk, tl.where(row < col, dAqk_t, 0.0)).to(DOT))
+    tl.store(Wt + at, tl.where(row > col, -dT, tl.where(row < col, -dT_t, 0.0)).to(DOT))
+    tl.store(row_sums + i, diagonal)
+    if L2NORM:
+        tl.store(row_sums + C + i, q_dq)
+        tl.store(row_sums + 2 * C + i, k_dk)
+
+
+@triton.jit
+def state_gradients_kernel(
+    do, dZ, R, S, dS, Qg, Eg, Kt, decay, chunk_start, chunk_rows,
+    dQg, dEg, dKt, dg_halves,
+    HV: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Reads do [T, HV, V] and, per chunk, dZ, R, S, dS, Qg, Eg, Kt, decay. Writes dQg, dEg, dKt [chunks, HV, C, KP]
+    and dg_halves [chunks, HV, 2, KP] fp32."""
+    tile, n, hv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(chunk_start + n).to(tl.int64)
+    rows = tl.load(chunk_rows + n)
+    if rows == 0:
+        return
+    base = n.to(tl.int64) * HV + hv
+    do += (start * HV + hv) * V
+    dZ += base * C * VP
+    R += base * C * VP
+    S += base * KP * VP
+    dS += base * KP * VP
+    i, d = tl.arange(0, C), tile * BK + tl.arange(0, BK)
+    dq, de, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    S_dS = tl.zeros([BK], tl.float32)
+    for s in range(0, VP, BV):
+        c = s + tl.arange(0, BV)
+        local = i[:, None] * VP + c[None, :]
+        dout = tl.load(do + i[:, None] * (HV * V) + c[None, :], (i < rows)[:, None] & (c < V)[None, :], 0.0).to(DOT)
+        dz, r = tl.load(dZ + local), tl.load(R + local)
+        s0, ds1 = tl.load(S + d[:, None] * VP + c[None, :]), tl.load(dS + d[:, None] * VP + c[None, :])
+        dq = tl.dot(dout, tl.trans(s0), dq, input_precision=PRECISION)
+        de = tl.dot(dz, tl.trans(s0), de, input_precision=PRECISION)
+        dk = tl.dot(r, tl.trans(ds1), dk, input_precision=PRECISION)
+        S_dS += tl.sum(s0.to(tl.float32) * ds1.to(tl.float32), 1)
+    first = base * C * KP
+    at = i[:, None] * KP + d[None, :]
+    tl.store(dQg + first + at, dq.to(DOT))
+    tl.store(dEg + first + at, (-de).to(DOT))
+    tl.store(dKt + first + at, dk.to(DOT))
+    later = (i >= C // 2)[:, None]
+    heads = tl.load(Qg + first + at).to(tl.float32) * dq - tl.load(Eg + first + at).to(tl.float32) * de
+    tails = tl.load(Kt + first + at).to(tl.float32) * dk
+    whole = tl.load(decay + base * KP + d) * S_dS
+    tl.store(dg_halves + base * 2 * KP + d, whole + tl.sum(tl.where(later, heads, 0.0), 0))
+    tl.store(dg_halves + base * 2 * KP + KP + d, whole + tl.sum(tl.where(later, 0.0, tails), 0))
+
+
+@triton.jit
+def input_gradients_kernel(
+    q, k, b, g, A_log, dt_bias, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, exponents, totals, row_scales, spans,
+    spans_transposed,
+    chunk_start, chunk_rows,
+    dq, dk, db, dg, dA_log, dbias,
+    scale, lower_bound,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    L2NORM: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Reads q, k [T, H, K], b, g [T, HV, K], and what prepare.py and the kernels above wrote of each chunk. Writes
+    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, 2, KP / BK], dbias [chunks, HV, 2,
+    KP]."""
+    N: tl.constexpr = C // 2
+    tile, half, n, hv = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1), tl.program_id(2)
+    start = tl.load(chunk_start + n).to(tl.int64)
+    rows = tl.load(chunk_rows + n)
+    if rows == 0:
+        return
+    h = hv // (HV // H)
+    base = n.to(tl.int64) * HV + hv
+    own, other = half * N, N - half * N
+    i, d = tl.arange(0, N), (tile * BK + tl.arange(0, BK))[:, None]
+    row, col = i[:, None], i[None, :]
+    mask, mask_other = (own + col < rows) & (d < K), (other + col < rows) & (d < K)
+    q += (start * H + h) * K
+    k += (start * H + h) * K
+    b += (start * HV + hv) * K
+    g += (start * HV + hv) * K
+    dq += (start * HV + hv) * K
+    dk += (start * HV + hv) * K
+    db += (start * HV + hv) * K
+    dg += (start * HV + hv) * K
+    dQg += base * C * KP
+    dEg += base * C * KP
+    dKt += base * C * KP
+    at, at_b, local = d + col * (H * K), d + col * (HV * K), d + col * KP
+    at_hv = own * HV * K + at_b
+    exponents += base * 2 * C * KP
+    row_scales += base * 3 * C
+    row_sums += base * 3 * C + own
+    totals += base * 2 * KP
+    Wq += base * C * C
+    Wt += base * C * C
+    own_rows = own * KP + local
+
+    hi, lo = tl.load(exponents + own * KP + local), tl.load(exponents + (C + own) * KP + local)
+    dqs, des, dks = (
+        tl.load(dQg + own_rows).to(tl.float32),
+        tl.load(dEg + own_rows).to(tl.float32),
+        tl.load(dKt + own_rows).to(tl.float32),
+    )
+    qs = tl.load(q + own * H * K + at, mask, 0.0).to(tl.float32) * (tl.load(row_scales + own + i)[None, :] * scale)
+    ks = tl.load(k + own * H * K + at, mask, 0.0).to(tl.float32) * tl.load(row_scales + C + own + i)[None, :]
+    es = ks * tl.load(b + own * HV * K + at_b, mask, 0.0).to(tl.float32)
+
+    # Across the halves: a later row's head meets an earlier row's tail.
+    hi_other, lo_other = tl.load(exponents + other * KP + local), tl.load(exponents + (C + other) * KP + local)
+    k_other = (
+        tl.load(k + other * H * K + at, mask_other, 0.0).to(tl.float32) * tl.load(row_scales + C + other + i)[None, :]
+    )
+    wq, wt = (
+        tl.trans(tl.load(Wq + (own + row) * C + other + col)),
+        tl.trans(tl.load(Wt + (own + row) * C + other + col)),
+    )
+    head, tail = span_factor(spans, 0, hi, lo, N), span_factor(spans, 1, hi, lo, N)
+    f_other = span_factor(spans, half, hi_other, lo_other, N)
+    if half == 1:
+        dqs *= head * tl.load(totals + d)
+        des *= head * tl.load(totals + d)
+        dks *= tail
+        y = (k_other * f_other).to(DOT)
+        dqs += head * tl.dot(y, wq, input_precision=PRECISION)
+        des += head * tl.dot(y, wt, input_precision=PRECISION)
+    else:
+        dqs *= head
+        des *= head
+        dks *= tail * tl.load(totals + KP + d)
+        q_other = tl.load(q + other * H * K + at, mask_other, 0.0).to(tl.float32) * (
+            tl.load(row_scales + other + i)[None, :] * scale
+        )
+        b_other = tl.load(b + other * HV * K + at_b, mask_other, 0.0).to(tl.float32)
+        dk_q = tl.dot((q_other * f_other).to(DOT), wq, input_precision=PRECISION)
+        dks += tail * tl.dot((k_other * b_other * f_other).to(DOT), wt, dk_q, input_precision=PRECISION)
+    dgs = tl.zeros([BK, N], tl.float32) + tl.load(dg_halves + base * 2 * KP + half * KP + d)
+    dgs = span_sum(spans_transposed, 0, qs * dqs + es * des, dgs, N, PRECISION)
+    dgs = span_sum(spans_transposed, 1, ks * dks, dgs, N, PRECISION)
+
+    Wq += own * C + own
+    Wt += own * C + own
+    for level in range(LEVELS):
+        block = N >> (level + 1)
+        f = span_factor(spans, 2 + level, hi, lo, N)
+        odd = (col & block) != 0
+        couple = ((row ^ col) & -block) == block
+        wq = tl.where(couple, tl.load(Wq + row * C + col), 0.0)
+        wt = tl.where(couple, tl.load(Wt + row * C + col), 0.0)
+        kf = ks * f
+        fP = f * tl.dot(tl.where(odd, qs * f, kf).to(DOT), tl.trans(wq), input_precision=PRECISION)
+        fN = f * tl.dot(tl.where(odd, es * f, kf).to(DOT), tl.trans(wt), input_precision=PRECISION)
+        to_k = tl.where(odd, 0.0, fP + fN)
+        fP, fN = tl.where(odd, fP, 0.0), tl.where(odd, fN, 0.0)
+        dqs += fP
+        des += fN
+        dks += to_k
+        dgs = span_sum(spans_transposed, 2 + level, qs * fP + es * fN + ks * to_k, dgs, N, PRECISION)
+
+    # Loaded anew rather than kept: registers are what this kernel is short of.
+    tl.debug_barrier()
+    q_scale, k_scale = tl.load(row_scales + own + i)[None, :], tl.load(row_scales + C + own + i)[None, :]
+    qs = tl.load(q + own * H * K + at, mask, 0.0).to(tl.float32) * (q_scale * scale)
+    ks = tl.load(k + own * H * K + at, mask, 0.0).to(tl.float32) * k_scale
+    bs = tl.load(b + own * HV * K + at_b, mask, 0.0).to(tl.float32)
+    diagonal = tl.load(row_sums + i)[None, :]
+    tl.store(db + at_hv, (des * ks).to(db.dtype.element_ty), mask)
+    dks += diagonal * qs + des * bs
+    dqs = (dqs + diagonal * ks) * scale
+    if L2NORM:
+        dqs = q_scale * (dqs - qs * (tl.load(row_sums + C + i) / scale)[None, :])
+        dks = k_scale * (dks - ks * tl.load(row_sums + 2 * C + i)[None, :])
+    tl.store(dq + at_hv, dqs.to(dq.dtype.element_ty), mask)
+    tl.store(dk + at_hv, dks.to(dk.dtype.element_ty), mask)
+    if GATE:
+        x = tl.load(g + at_hv, mask, 0.0).to(tl.float32)
+        a_log = tl.load(A_log + hv).to(tl.float32)
+        bias = tl.load(dt_bias + hv * K + d, d < K, 0.0).to(tl.float32)
+        dgs, da = log_decay_backward(x, a_log, bias, lower_bound, tl.where(mask, dgs, 0.0), GATE)
+        tl.store(dA_log + (base * 2 + half) * (KP // BK) + tile, tl.sum(tl.sum(tl.where(mask, da, 0.0), 1), 0))
+        tl.store(dbias + (base * 2 + half) * KP + d, tl.sum(tl.where(mask, dgs, 0.0), 1)[:, None])
+    tl.store(dg + at_hv, dgs.to(dg.dtype.element_ty), mask)
