@@ -63,7 +63,7 @@ class GenerateArgs:
 @exit_on_user_error
 def main(argv: Optional[list[str]] = None) -> None:
     """Load the model, stream the samples, sum up."""
-    args = parse(GenerateArgs, _list_stops(sys.argv[1:] if argv is None else argv), __doc__)
+    args = parse(GenerateArgs, _list_stops(sys.argv[1:] if argv is None else argv), __doc__.splitlines()[0])
     _check(args)
     device = _device(args.accelerator)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")

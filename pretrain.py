@@ -67,7 +67,7 @@ class Run:
 def setup(argv: Optional[list[str]] = None) -> None:
     """Resolve the arguments and start every process of the run."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse(PretrainArgs, argv, __doc__, preset=lambda given: recipe_flags(given.train_config))
+    args = parse(PretrainArgs, argv, __doc__.splitlines()[0], preset=lambda given: recipe_flags(given.train_config))
     for name in ("sequences_per_batch", "sequence_length", "total_tokens"):
         if not getattr(args, name):
             raise UserError(f"train_config {args.train_config!r} says no {name}; add it there or as --{name}.")

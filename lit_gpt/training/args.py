@@ -76,5 +76,5 @@ class RecordArgs:
 
 
 @dataclass(kw_only=True)
-class PretrainArgs(DataArgs, RunArgs, RecipeArgs, ScheduleArgs, OptimizerArgs, RecordArgs):
+class PretrainArgs(RecordArgs, OptimizerArgs, ScheduleArgs, DataArgs, RecipeArgs, RunArgs):
     """Flags of pretrain.py."""
