@@ -7,7 +7,7 @@
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Optional
@@ -41,7 +41,8 @@ class Corpus:
 
     Attributes:
         num_tokens: length of the stream.
-        vocab_size, tokenizer_sha256, document_format: from the manifest; None for a bare folder, which does not say.
+        vocab_size, tokenizer_sha256, document_format: from the manifest; None for a bare folder, which does not say
+            (an adopted one may know its format alone).
         fingerprint: identifies the content. From the manifest (and thus from hashes of every byte), or, for a bare
             folder, from names, sizes and the first and last tokens of every shard.
     """
@@ -76,7 +77,8 @@ class Corpus:
         self._ends = np.cumsum([shard.num_tokens for shard in self.shards], dtype=np.int64)
         self.num_tokens = int(self._ends[-1])
         self.vocab_size: Optional[int] = self.manifest["vocab_size"] if self.manifest else None
-        self.tokenizer_sha256: Optional[str] = self.manifest["tokenizer"]["sha256"] if self.manifest else None
+        tokenizer = self.manifest["tokenizer"] if self.manifest else None
+        self.tokenizer_sha256: Optional[str] = tokenizer["sha256"] if tokenizer else None
         self.document_format: Optional[str] = self.manifest["document_format"] if self.manifest else None
         self._open_file = lru_cache(maxsize=OPEN_FILES)(_OpenFile)
 
@@ -139,14 +141,14 @@ def _listed_shards(folder: Path, split: str, manifest: dict[str, Any]) -> list[S
         shard = Shard.open(folder / part["file"])
         if shard.dtype != np.dtype(manifest["dtype"]):
             raise UserError(f"shard {shard.path} holds {shard.dtype}, the manifest {manifest['dtype']}. Restore it.")
-        if shard.num_tokens != part["tokens"]:
+        if shard.num_tokens != part["tokens"] + part.get("padding", 0):
             raise UserError(
                 f"shard {shard.path} holds {shard.num_tokens} tokens, the manifest says {part['tokens']}. Restore it."
             )
         index = shard.path.with_suffix(".idx")
         if not index.is_file() or index.stat().st_size != 8 * part["documents"]:
             raise UserError(f"index {index} is missing or not of {part['documents']} documents. Restore it.")
-        shards.append(shard)
+        shards.append(replace(shard, num_tokens=part["tokens"]))
     return shards
 
 

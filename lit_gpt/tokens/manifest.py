@@ -3,8 +3,12 @@
 version, name, dtype, vocab_size, document_format ("bos_eos", "eos" or "bos")
 tokenizer     {file, sha256, bos_id, eos_id}; the file is a copy inside the folder
 validation    {fraction, rule}: how documents were held out
-units         [{unit, source, files, folders, bytes, train, validation, not_text, empty}]
+units         [{unit, source, files, bytes, train, validation, not_text, empty}]
 train, validation of a unit: {file, tokens, documents, characters, sha256, idx_sha256}, or null when it got none
+
+An adopted folder, tokenized elsewhere, has null for what nobody knows: characters, validation, and without --tokenizer
+also tokenizer and vocab_size. Its shards may have "padding": tokens at their end that are not part of the corpus.
+
 totals        {train, validation: {tokens, documents, characters}, not_text, empty}
 fingerprint   SHA-256 of all of the above in canonical JSON
 """
