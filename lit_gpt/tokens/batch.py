@@ -1,7 +1,8 @@
 """What every source of training data yields: one micro-batch of tokens, with its document boundaries."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 
 
@@ -13,4 +14,27 @@ class Batch(NamedTuple):
     """
 
     tokens: torch.Tensor
-    cu_seqlens: torch.Tensor | None = None
+    cu_seqlens: Optional[torch.Tensor] = None
+
+    def pin_memory(self) -> "Batch":
+        return Batch(self.tokens.pin_memory(), None if self.cu_seqlens is None else self.cu_seqlens.pin_memory())
+
+
+def segment_offsets(starts: list[np.ndarray], length: int) -> torch.Tensor:
+    """`cu_seqlens` of rows of `length` inputs: int32.
+
+    Its size depends on the number of rows and their length alone: room for 8 documents in every row and one more in
+    every 128 tokens of it. Where a micro-batch holds more, the room doubles until they fit: no boundary is left out.
+
+    Args:
+        starts: for each row, where documents start inside it, ascending, each in 1 ... length - 1.
+    """
+    rows = len(starts)
+    bounds = [part for row, inside in enumerate(starts) for part in ([row * length], inside + row * length)]
+    flat = np.concatenate(bounds)
+    size = rows * (8 + length // 128)
+    while size < len(flat):
+        size *= 2
+    offsets = np.full(size + 1, rows * length, dtype=np.int32)
+    offsets[: len(flat)] = flat
+    return torch.from_numpy(offsets)
