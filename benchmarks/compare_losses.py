@@ -31,9 +31,8 @@ def main() -> None:
         a, b = curves[0][step], curves[1][step]
         print(f"{step:>6} {a:>12.4f} {b:>12.4f} {b - a:>12.4f}")
     differences = [abs(curves[0][s] - curves[1][s]) for s in shared]
-    print(
-        f"{len(shared)} shared steps; largest difference {max(differences):.4f}, mean {sum(differences) / len(shared):.4f}"
-    )
+    mean = sum(differences) / len(shared)
+    print(f"{len(shared)} shared steps; largest difference {max(differences):.4f}, mean {mean:.4f}")
     for name, curve in zip(names, curves):
         print(f"{name}: step {min(curve)} {curve[min(curve)]:.4f}, step {max(curve)} {curve[max(curve)]:.4f}")
 

@@ -48,7 +48,7 @@ def describe(
         "training FLOPs": f"{skeleton.flops_per_token(args.sequence_length) / 1e9:.3g} G per token",
         "memory": f"{states} of weights, gradients and AdamW on each device, besides activations",
         "devices": f"{fabric.world_size} x {device}, {'bf16-mixed' if cuda else 'fp32'}",
-        "kernels": f"GDN-2: chunkwise PyTorch; attention: {kernels}",
+        "kernels": f"GDN-2: {'fused Triton' if cuda else 'chunkwise PyTorch'}; attention: {kernels}",
         "global batch": f"{args.sequences_per_batch} x {args.sequence_length} = {plan.batch_tokens:,} tokens: {split}",
         "steps": f"{plan.total_steps:,}, {plan.total_steps * plan.batch_tokens:,} tokens",
         "training data": f"{train.corpus.num_tokens:,} tokens, of which the run sees {epochs:.2f} epochs",

@@ -242,6 +242,11 @@ def keys_in_chunks(layout: ChunkLayout, dtype, q, k, g, b, scale: float) -> tupl
     return qe.view(-1, C, 2, K), k_.copy_(k).view(-1, C, K), decay.view(-1, C, K)
 
 
+def runs_fused(*tensors: Tensor) -> bool:
+    """Whether chunk_gdn2 runs the Triton kernels: on CUDA, but for float64, which only the plain path takes."""
+    return tensors[0].is_cuda and accumulation_dtype(*tensors) == torch.float32
+
+
 def chunk_gdn2(
     q: Tensor,
     k: Tensor,
@@ -268,7 +273,8 @@ def chunk_gdn2(
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Gated Delta Rule-2 over whole sequences, chunk by chunk; differentiable once in every tensor.
 
-    Any device, any floating dtypes, also mixed and under autocast; computed in float32 (float64 if an input is).
+    Any device, any floating dtypes, also mixed and under autocast; computed in float32 (float64 if an input is). CUDA
+    tensors run the Triton kernels of lit_gpt/ops/gdn2/kernels, with float64 among them the plain path below.
 
     Args:
         q, k: [B, T, H, K].
@@ -281,7 +287,7 @@ def chunk_gdn2(
         use_gate_in_kernel: g is raw; the log-decay is -exp(A_log) softplus(g + dt_bias), or with lower_bound
             lower_bound * sigmoid(exp(A_log) (g + dt_bias)). A_log [HV] (or None, with lower_bound), dt_bias [HV * K].
         cu_seqlens: offsets [N+1] of sequences packed into B = 1.
-        cu_seqlens_cpu: the same in host memory, sparing a wait for the device.
+        cu_seqlens_cpu: the same in host memory, sparing the plain path a wait for the device; the kernels never wait.
         safe_gate: the caller's word that g >= lower_bound. Any g is exact here, so the result is the same either way.
         disable_recompute: keep the scan's operands for the backward. They are always kept here.
         state_v_first: initial and final state are [N, HV, V, K].
@@ -305,9 +311,18 @@ def chunk_gdn2(
         raise UserError(f"chunk_size must be {CHUNK}, got {chunk_size}.")
     if state_v_first and initial_state is not None:
         initial_state = initial_state.transpose(-1, -2)
+    check_gate(use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias, g)
+    if runs_fused(q, k, v, g, b, w):
+        from lit_gpt.ops.gdn2.kernels import chunk_gdn2_fused  # imports Triton, which CPU builds of PyTorch lack
+
+        gate = {"A_log": A_log, "dt_bias": dt_bias, "lower_bound": lower_bound} if use_gate_in_kernel else {}
+        options = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel, "use_gate_in_kernel": use_gate_in_kernel, **gate}
+        o, state = chunk_gdn2_fused(
+            q, k, v, g, b, w, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
+        )
+        return o, state.transpose(-1, -2).contiguous() if state_v_first and output_final_state else state
     offsets = sequence_offsets(cu_seqlens, cu_seqlens_cpu)
     check_inputs(q, k, v, g, b, w, initial_state, offsets)
-    check_gate(use_gate_in_kernel, safe_gate, lower_bound, A_log, dt_bias, g)
     HV, K, V = v.shape[2], q.shape[3], v.shape[3]
     if use_gate_in_kernel:
         g = activate_gate(g, A_log, dt_bias, lower_bound)

@@ -69,7 +69,7 @@ def l2_normalize(x: torch.Tensor) -> torch.Tensor:
 
 def check_gate(use_gate_in_kernel: bool, safe_gate: bool, lower_bound, A_log, dt_bias, g: torch.Tensor) -> None:
     """Raise UserError for gate options that contradict each other or do not fit g [B, T, HV, K]."""
-    HV, K = g.shape[2:]
+    HV, K = g.shape[-2:]
     if not use_gate_in_kernel:
         if A_log is not None or dt_bias is not None:
             raise UserError("A_log and dt_bias belong to the gate activation; pass use_gate_in_kernel=True with them.")
@@ -97,7 +97,7 @@ def activate_gate(
 
     A_log [HV] (None: exp(A_log) = 1, only with lower_bound), dt_bias [HV * K].
     """
-    HV, K = g.shape[2:]
+    HV, K = g.shape[-2:]
     dtype = accumulation_dtype(g)
     g = g.to(dtype)
     if dt_bias is not None:

@@ -178,7 +178,7 @@ def test_the_future_does_not_change_the_past():
 def test_arguments_that_do_not_fit():
     from lit_gpt.ops.gdn2.kernels import chunk_gdn2_fused
 
-    q, k, v, g, b, w, S0 = draw(T=8)
+    q, k, v, g, b, w, S0 = (x.to(DEVICE) for x in draw(T=8))
     with pytest.raises(UserError, match="w must be"):
         chunk_gdn2_fused(q, k, v, g, b, w[..., :8])
     with pytest.raises(UserError, match="head sizes from 16 to 256"):
