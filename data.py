@@ -1,183 +1,137 @@
 """The door to token data: batches as a pure function of how many sequences a run has consumed.
 
+- `open_train`, `open_validation`: what the flags of DataArgs ask for, packed folders or raw text.
 - One integer, the number of sequences consumed, is the whole position. It means the same on 1 or 512 ranks.
-- Training order is a formula (lit_gpt/tokens/sampler.py): resuming at any position costs nothing and loses nothing.
 - Validation is one pass over fixed blocks.
 - The fingerprint says which tokens in which order; a resume compares it.
 
 Position is counted by the trainer at its optimizer step, never here: what was prefetched was not trained on.
 """
 
-import os
-import queue
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
-import torch
 
 from lit_gpt.errors import UserError
+from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.tokens.corpus import Corpus
-from lit_gpt.tokens.sampler import ORDER_VERSION, Sampler
+from lit_gpt.tokens.packed import TrainData, ValidationData
+from lit_gpt.tokens.raw import RawTrainData, RawValidationData
+from lit_gpt.tokens.storage import AnyPath
 
-PREFETCHED = 4  # micro-batches that wait ready
+RAW_VALIDATION_FRACTION = 0.005
 
 
 @dataclass
 class DataArgs:
-    train_data_dir: Path
-    """Folder of token shards to train on, from scripts/prepare_data.py, or any folder of LITPKDS files (train*.bin)."""
-    val_data_dir: Optional[Path] = None
-    """Folder whose validation shards are evaluated on. Left out: the validation shards of train_data_dir."""
+    train_data_dir: Optional[str] = None
+    """What to train on: a folder of token shards from scripts/prepare_data.py, any folder of LITPKDS files
+    (train*.bin), a URL of one (s3://...), or several with weights: "a=0.7,b=0.3". Weights are shares of the sequences,
+    exact in every 16,384 of them.
+    """
+    val_data_dir: Optional[str] = None
+    """Folder whose validation shards are evaluated on. Left out: the validation shards of train_data_dir (of several,
+    of the one with the largest share).
+    """
+    document_reset: bool = True
+    """Keep the documents packed into a sequence apart: convolutions, recurrent states and attention start anew at each.
+    False: everything in a sequence sees what came before it there.
+    """
+    shuffle_unit: int = 0
+    """Tokens that stay together when data is shuffled; 0: one sequence. With a multiple of every sequence length that a
+    run will go through, such as 16384, the length can change at a resume without a token coming twice in an epoch.
+    """
+    allow_data_change: bool = False
+    """Let a resumed run go on with other corpora or weights, another sequence length or batch, or document_reset
+    changed: from there on, each corpus where it was. Without it such a resume is refused.
+    """
     train_num_workers: int = 1
     """1 loads batches ahead in a thread, 0 loads them inside the training loop (as --debug does)."""
+    train_data_dir_raw: Optional[Path] = None
+    """Folder of .parquet, .jsonl, .jsonl.zst or text files to train on directly, tokenized while training."""
+    val_data_dir_raw: Optional[Path] = None
+    """The same for validation. Left out: documents of train_data_dir_raw held out by their content."""
+    use_stream_tok: bool = False
+    """Train on train_data_dir_raw even where train_data_dir is given too."""
+    tokenizer_path: Optional[Path] = None
+    """Tokenizer for raw data: a folder, a sentencepiece .model or a tokenizer.json."""
+    corpus_name: Optional[str] = None
+    """A name for the data, kept in config.yaml."""
 
 
-class TrainData:
-    """Training sequences of `sequence_length` inputs and as many targets, in the order that `seed` selects.
-
-    Raises:
-        UserError: no usable shards in `folder`, or too few tokens for one sequence.
-    """
-
-    def __init__(self, folder: "str | os.PathLike[str]", sequence_length: int, seed: int):
-        self.corpus = Corpus.open(folder, "train")
-        try:
-            self.sampler = Sampler(self.corpus.num_tokens, sequence_length, seed)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
-        self.sequence_length = sequence_length
-        self.seed = seed
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """All that must be equal for a resumed run to continue the same data: plain JSON values."""
-        return {
-            "corpus": self.corpus.fingerprint,
-            "tokens": self.corpus.num_tokens,
-            "sequence_length": self.sequence_length,
-            "seed": self.seed,
-            "order": ORDER_VERSION,
-        }
-
-    def epochs(self, consumed: int) -> float:
-        """Passes over the data that `consumed` sequences make."""
-        return consumed / self.sampler.num_sequences
-
-    def batch(self, first: int, count: int) -> torch.Tensor:
-        """Sequences first, ..., first + count - 1 of the run: int64 [count, sequence_length + 1]."""
-        tokens = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        for row, start in enumerate(self.sampler.start(np.arange(first, first + count))):
-            tokens[row] = self.corpus.read(int(start), self.sequence_length + 1)
-        return torch.from_numpy(tokens)
-
-    def micro_batches(
-        self,
-        consumed: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        prefetch: bool,
-        pin_memory: bool,
-    ) -> Iterator[torch.Tensor]:
-        """This rank's micro-batches from position `consumed` on, without end: int64 [micro_batch, sequence_length + 1].
-
-        Every global_batch // (world_size * micro_batch) of them make one step; over all ranks a step holds exactly the
-        sequences consumed, ..., consumed + global_batch - 1. Closing the iterator ends the prefetch thread; an error
-        in the thread is raised to the caller.
-
-        Raises:
-            UserError: the global batch does not split into ranks and micro-batches.
-        """
-        if global_batch < 1 or global_batch % (world_size * micro_batch):
-            raise UserError(
-                f"global batch of {global_batch} sequences does not split into {world_size} ranks x micro-batch "
-                f"{micro_batch}. Use a micro-batch that divides {global_batch / world_size:g}."
-            )
-
-        def in_order() -> Iterator[torch.Tensor]:
-            # A step is a whole number of rounds over the ranks, so steps follow each other without a seam.
-            first = consumed + rank * micro_batch
-            while True:
-                batch = self.batch(first, micro_batch)
-                yield batch.pin_memory() if pin_memory else batch
-                first += world_size * micro_batch
-
-        device = torch.cuda.current_device() if pin_memory else None
-        return _prefetched(in_order(), device) if prefetch else in_order()
-
-
-def _prefetched(batches: Iterator[torch.Tensor], device: Optional[int]) -> Iterator[torch.Tensor]:
-    """`batches`, computed ahead by a thread. `device`: the GPU to pin memory for, which CUDA keeps per thread."""
-    ready: queue.Queue = queue.Queue(maxsize=PREFETCHED)
-    closed = threading.Event()
-
-    def work() -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            for batch in batches:
-                ready.put(batch)
-                if closed.is_set():
-                    return
-        except BaseException as error:
-            ready.put(error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        while not ready.empty():  # makes room for the one batch that the thread may still be putting
-            ready.get_nowait()
-        thread.join()
-
-
-class ValidationData:
-    """Fixed blocks of `block_length` inputs and as many targets, one after the other through the validation split.
-
-    Raises:
-        UserError: no usable shards in `folder`, or fewer tokens than one block.
-    """
-
-    def __init__(self, folder: "str | os.PathLike[str]", block_length: int):
-        self.corpus = Corpus.open(folder, "validation")
-        self.block_length = block_length
-        self.num_blocks = (self.corpus.num_tokens - 1) // block_length
-        if self.num_blocks < 1:
-            raise UserError(
-                f"{folder}: {self.corpus.num_tokens} validation tokens are too few for one block of {block_length} "
-                f"(it takes {block_length + 1}). Hold out more (--validation_fraction) or evaluate shorter blocks."
-            )
-
-    def block(self, i: int) -> torch.Tensor:
-        """Block i of num_blocks: int64 [block_length + 1]."""
-        if not 0 <= i < self.num_blocks:
-            raise IndexError(f"block {i} of {self.num_blocks}")
-        return torch.from_numpy(self.corpus.read(i * self.block_length, self.block_length + 1))
-
-
-def check_same_tokenizer(train: TrainData, val: ValidationData) -> None:
-    """Refuse validation data of another tokenizer than the training data's, where both folders say which it was.
-
-    Raises:
-        UserError: they differ.
-    """
-    ours, theirs = train.corpus.tokenizer_sha256, val.corpus.tokenizer_sha256
-    if ours and theirs and ours != theirs:
-        raise UserError(
-            f"{train.corpus.folder} and {val.corpus.folder} were made with different tokenizers "
-            f"(SHA-256 {ours[:12]} and {theirs[:12]}). Prepare both with the same one."
+def open_train(args: DataArgs, sequence_length: int, seed: int) -> "TrainData | RawTrainData":
+    """The training data that the flags ask for. Raises UserError where it cannot be used."""
+    if _is_raw(args):
+        return RawTrainData(
+            args.train_data_dir_raw,
+            _tokenizer(args),
+            sequence_length,
+            seed,
+            validation_fraction=_held_out(args),
+            document_reset=args.document_reset,
         )
+    return TrainData(args.train_data_dir, sequence_length, seed, args.shuffle_unit or None, args.document_reset)
+
+
+def open_validation(
+    args: DataArgs, block_length: int, train: "TrainData | RawTrainData"
+) -> "ValidationData | RawValidationData | None":
+    """The validation data that the flags ask for; None where they name none and the training data has none."""
+    if args.val_data_dir is not None:
+        return ValidationData(args.val_data_dir, block_length, args.document_reset)
+    if args.val_data_dir_raw is not None:
+        return RawValidationData(args.val_data_dir_raw, _tokenizer(args), block_length)
+    if _is_raw(args):
+        return RawValidationData(
+            args.train_data_dir_raw, _tokenizer(args), block_length, validation_fraction=_held_out(args)
+        )
+    if not train.corpus.folder.glob("validation*.bin"):
+        return None
+    return ValidationData(train.corpus.folder, block_length, args.document_reset)
+
+
+def tokenizer_of(args: DataArgs, train: "TrainData | RawTrainData") -> AnyPath:
+    """Where the tokenizer of the training data lies, if its folder has one."""
+    return args.tokenizer_path if _is_raw(args) else train.corpus.folder / "tokenizer"
+
+
+def _is_raw(args: DataArgs) -> bool:
+    if args.use_stream_tok and args.train_data_dir_raw is None:
+        raise UserError("--use_stream_tok needs --train_data_dir_raw, the folder of text to train on.")
+    if args.train_data_dir is None and args.train_data_dir_raw is None:
+        raise UserError("no training data: give --train_data_dir (token shards) or --train_data_dir_raw (text).")
+    return args.use_stream_tok or args.train_data_dir is None
+
+
+def _tokenizer(args: DataArgs) -> Tokenizer:
+    if args.tokenizer_path is None:
+        raise UserError(
+            "raw text needs --tokenizer_path: a folder with a tokenizer, a .model file or a tokenizer.json."
+        )
+    return Tokenizer(args.tokenizer_path)
+
+
+def _held_out(args: DataArgs) -> float:
+    """The share of raw training documents that is kept for validation: none where validation has data of its own."""
+    return RAW_VALIDATION_FRACTION if args.val_data_dir is None and args.val_data_dir_raw is None else 0.0
+
+
+def check_same_tokenizer(train: "TrainData | RawTrainData", val: "ValidationData | RawValidationData | None") -> None:
+    """Refuse to mix corpora of different tokenizers, training or validation, where their folders say which it was.
+
+    Raises:
+        UserError: two differ.
+    """
+    corpora = [c for c in (*train.corpora, *([val.corpus] if val else [])) if c.tokenizer_sha256]
+    for corpus in corpora[1:]:
+        ours, theirs = corpora[0].tokenizer_sha256, corpus.tokenizer_sha256
+        if ours != theirs:
+            raise UserError(
+                f"{corpora[0].folder} and {corpus.folder} were made with different tokenizers "
+                f"(SHA-256 {ours[:12]} and {theirs[:12]}). Prepare both with the same one."
+            )
 
 
 def check_vocabulary(corpus: Corpus, model_vocab_size: int) -> None:

@@ -25,18 +25,29 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from rich.console import Console
 from torch import Tensor, nn
 
-from data import TrainData, ValidationData, check_same_tokenizer, check_vocabulary
+from data import (
+    RawTrainData,
+    RawValidationData,
+    TrainData,
+    ValidationData,
+    check_same_tokenizer,
+    check_vocabulary,
+    open_train,
+    open_validation,
+    tokenizer_of,
+)
 from lit_gpt.command_line import parse
 from lit_gpt.config import ModelConfig
 from lit_gpt.errors import UserError, exit_on_user_error
 from lit_gpt.model import GPT
+from lit_gpt.tokens.batch import Batch
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint import Checkpoints
 from lit_gpt.training.describe import describe, resolved
 from lit_gpt.training.optimizer import adamw
-from lit_gpt.training.plan import Plan, shortened
+from lit_gpt.training.plan import Origin, Plan, shortened
 from lit_gpt.training.records import Records, peak_flops
-from lit_gpt.training.run_folder import checkpoint_to_resume, open_run_folder, step_of
+from lit_gpt.training.run_folder import checkpoint_to_resume, open_run_folder, resumable
 from lit_gpt.training.schedule import learning_rate_at, recipe_flags
 
 
@@ -52,11 +63,16 @@ class Run:
     identity: dict
     """Model, data and batch: what a resumed run must share, kept in every checkpoint."""
     step: int = 0
-    """Steps done; times sequences_per_batch, the sequences consumed: the only position there is."""
+    """Steps done: with the plan, the sequences consumed, the only position there is."""
+
+    @property
+    def sequences(self) -> int:
+        origin = self.plan.origin
+        return origin.sequences + (self.step - origin.step) * self.args.sequences_per_batch
 
     @property
     def tokens(self) -> int:
-        return self.step * self.plan.batch_tokens
+        return self.plan.origin.tokens + (self.step - self.plan.origin.step) * self.plan.batch_tokens
 
     @property
     def position(self) -> dict:
@@ -106,20 +122,28 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
 
     lock = None
     if fabric.is_global_zero:
-        lock = open_run_folder(plan.folder, resolved(args, config), train.corpus.folder / "tokenizer", fresh=args.debug)
+        lock = open_run_folder(plan.folder, resolved(args, config), tokenizer_of(args, train), fresh=args.debug)
     fabric.barrier()
     architecture = {k: v for k, v in config.to_dict().items() if k != "name"}
+    identity = {"model": architecture, "data": train.fingerprint, "sequences_per_batch": args.sequences_per_batch}
+    newest, step = checkpoint_to_resume(plan.folder), 0
+    if newest:
+        meta, changes = resumable(newest, identity, args.allow_data_change)
+        step = meta["step"]
+        here = Origin(step, meta["sequences"], meta["tokens"])
+        plan = plan.going_on_from(here if changes else Origin(**meta["origin"]), args.total_tokens)
+        train.load_state(meta["data_state"])
+        for change in changes:
+            console.print(f"from step {step} on with another {change}")
     run = Run(
         fabric=fabric,
         args=args,
         plan=plan,
         checkpoints=Checkpoints(plan.folder / "checkpoints", args.keep_checkpoints, fabric),
         records=Records(plan.folder, plan.total_steps, active=fabric.is_global_zero),
-        identity={"model": architecture, "data": train.fingerprint, "sequences_per_batch": args.sequences_per_batch},
+        identity=identity,
+        step=step,
     )
-    newest = checkpoint_to_resume(plan.folder)
-    if newest:
-        run.step = step_of(newest, run.identity)
 
     fabric.seed_everything(args.seed, verbose=False)
     model = GPT(config).to(fabric.device)  # drawn on the CPU, so that a seed means the same weights everywhere
@@ -130,20 +154,24 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
         console.print(f"{done}: {newest.name}, after {run.tokens:,} tokens.")
     with run.records.opened(run.step, _wandb_options(args, plan)), torch.autograd.set_detect_anomaly(args.debug):
         fit(run, model, optimizer, train, validation)
-        epochs = train.epochs(run.step * args.sequences_per_batch)
+        epochs = train.epochs(run.sequences)
         run.records.summarize({**run.position, "epochs": epochs, "parameters": model.num_parameters()})
     if lock:
         lock.close()
 
 
 def fit(
-    run: Run, model: GPT, optimizer: torch.optim.Optimizer, train: TrainData, validation: Optional[ValidationData]
+    run: Run,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    train: TrainData | RawTrainData,
+    validation: ValidationData | RawValidationData | None,
 ) -> None:
     """Train from where the run is to the end of its plan."""
     fabric, args, plan = run.fabric, run.args, run.plan
     wrapped_model, wrapped_optimizer = fabric.setup(model, optimizer)
     batches = train.micro_batches(
-        consumed=run.step * args.sequences_per_batch,
+        consumed=run.sequences,
         global_batch=args.sequences_per_batch,
         micro_batch=plan.micro_batch,
         rank=fabric.global_rank,
@@ -178,28 +206,30 @@ def fit(
             if validation and plan.due(run.step, args.eval_step_interval):
                 run.records.validation({**run.position, **validate(run, wrapped_model, validation)})
             if save:
-                about = {"document_format": train.corpus.document_format, **run.identity}
-                run.records.checkpoint({**run.position, **run.checkpoints.save(model, optimizer, run.position | about)})
+                meta = {**run.position, "sequences": run.sequences, "origin": asdict(plan.origin), **run.identity}
+                meta |= {"data_state": train.state(run.sequences), "document_format": train.corpus.document_format}
+                run.records.checkpoint({**run.position, **run.checkpoints.save(model, optimizer, meta)})
     batches.close()
 
 
-def accumulate(run: Run, model: nn.Module, batches: Iterator[Tensor]) -> Tensor:
+def accumulate(run: Run, model: nn.Module, batches: Iterator[Batch]) -> Tensor:
     """Gradients of the mean loss over this rank's part of a global batch, synchronised once; returns that loss, on the
     device.
     """
     fabric, accumulation = run.fabric, run.plan.accumulation
     total = torch.zeros((), device=fabric.device)
     for i in range(accumulation):
-        batch = fabric.to_device(next(batches))
+        tokens, cu_seqlens = fabric.to_device(next(batches))
         with fabric.no_backward_sync(model, enabled=fabric.world_size > 1 and i < accumulation - 1):
-            loss = model(batch[:, :-1], batch[:, 1:]).mean() / accumulation
+            losses = model(tokens[:, :-1], tokens[:, 1:], cu_seqlens=cu_seqlens, rows_apart=True)
+            loss = losses.mean() / accumulation
             fabric.backward(loss)
         total += loss.detach()
     return total
 
 
 @torch.no_grad()
-def validate(run: Run, model: nn.Module, validation: ValidationData) -> dict:
+def validate(run: Run, model: nn.Module, validation: ValidationData | RawValidationData) -> dict:
     """Mean loss over the first 1, 2, ... num_extrapol training lengths of every block, read from one forward pass per
     block.
     """
@@ -208,8 +238,9 @@ def validate(run: Run, model: nn.Module, validation: ValidationData) -> dict:
     model.eval()
     sums = torch.zeros(lengths, dtype=torch.float64, device=fabric.device)
     for i in range(fabric.global_rank, blocks, fabric.world_size):
-        block = fabric.to_device(validation.block(i)[None])
-        sums += model(block[:, :-1], block[:, 1:]).double().view(lengths, -1).sum(dim=1)
+        tokens, cu_seqlens = fabric.to_device(validation.batch(i))
+        losses = model(tokens[:, :-1], tokens[:, 1:], cu_seqlens=cu_seqlens, rows_apart=True)
+        sums += losses.double().view(lengths, -1).sum(dim=1)
     model.train()
     sums = fabric.all_reduce(sums, reduce_op="sum").cumsum(dim=0).tolist()
     ends = [run.args.sequence_length * (n + 1) for n in range(lengths)]
@@ -217,14 +248,14 @@ def validate(run: Run, model: nn.Module, validation: ValidationData) -> dict:
     return {**losses, "blocks": blocks, "seconds": time.perf_counter() - began}
 
 
-def open_data(args: PretrainArgs, config: ModelConfig) -> tuple[TrainData, Optional[ValidationData]]:
+def open_data(
+    args: PretrainArgs, config: ModelConfig
+) -> tuple[TrainData | RawTrainData, ValidationData | RawValidationData | None]:
     """Training and validation data that fit each other and the model; None without a validation split."""
-    train = TrainData(args.train_data_dir, args.sequence_length, args.seed)
-    check_vocabulary(train.corpus, config.vocab_size)
-    if args.val_data_dir is None and not any(args.train_data_dir.glob("validation*.bin")):
-        return train, None
-    validation = ValidationData(args.val_data_dir or args.train_data_dir, args.sequence_length * args.num_extrapol)
-    check_vocabulary(validation.corpus, config.vocab_size)
+    train = open_train(args, args.sequence_length, args.seed)
+    validation = open_validation(args, args.sequence_length * args.num_extrapol, train)
+    for corpus in [*train.corpora, *([validation.corpus] if validation else [])]:
+        check_vocabulary(corpus, config.vocab_size)
     check_same_tokenizer(train, validation)
     return train, validation
 
@@ -264,7 +295,7 @@ class Speedometer:
 def _diverged(run: Run, loss: float) -> str:
     size = run.args.sequences_per_batch
     return (
-        f"the loss is {loss} at step {run.step} (sequences {(run.step - 1) * size} to {run.step * size - 1}). This "
+        f"the loss is {loss} at step {run.step} (sequences {run.sequences - size} to {run.sequences - 1}). This "
         "step is not saved and older checkpoints are as they were. Lower --learning_rate, or look at that data."
     )
 

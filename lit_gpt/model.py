@@ -81,6 +81,7 @@ class GPT(nn.Module):
         cu_seqlens: Optional[Tensor] = None,
         cache: Optional[list] = None,
         last_only: bool = False,
+        rows_apart: bool = False,
     ) -> Tensor:
         """Logits [B, T, V] of token ids [B, T]; or, given targets [B, T], the cross entropy of each token in nats.
 
@@ -89,14 +90,16 @@ class GPT(nn.Module):
                 between documents.
             cache: from new_cache; the tokens follow those that it has seen. For inference: run it without gradients.
             last_only: logits of the last position only, [B, 1, V].
+            rows_apart: documents end with their row, whatever cu_seqlens says, so that rows are computed side by side,
+                as without documents. Otherwise a document may go on in the next row.
         """
         x = self.transformer.wte(idx)
         documents = None
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("cu_seqlens packs whole documents; a cache continues one sequence: give one of them")
-            documents = Documents.from_offsets(cu_seqlens, idx.numel())
-            x = x.flatten(0, 1)[None]
+            x = x if rows_apart else x.flatten(0, 1)[None]
+            documents = Documents(cu_seqlens, x.shape[:2], x.device)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, documents, None if cache is None else cache[layer])
         x = self.transformer.ln_f(x[:, -1:] if last_only else x)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
 from data import TrainData, ValidationData, check_same_tokenizer, check_vocabulary
 from lit_gpt.errors import UserError
 from lit_gpt.tokens.corpus import Corpus
+from lit_gpt.tokens.prefetch import PREFETCHED
 from lit_gpt.tokens.shards import write_shard
 
 LENGTH = 16
@@ -39,7 +39,7 @@ def step_of(train, consumed, global_batch, micro_batch, world_size, prefetch, st
         train.micro_batches(consumed, global_batch, micro_batch, rank, world_size, prefetch, pin_memory=False)
         for rank in range(world_size)
     ]
-    batches = [torch.cat([torch.cat([next(rank) for rank in ranks]) for _ in range(micro_steps)]) for _ in range(steps)]
+    batches = [torch.cat([torch.cat([next(rank).tokens for rank in ranks]) for _ in range(micro_steps)]) for _ in range(steps)]
     for rank in ranks:
         rank.close()
     return torch.stack(batches)
@@ -47,8 +47,8 @@ def step_of(train, consumed, global_batch, micro_batch, world_size, prefetch, st
 
 def test_a_sequence_is_the_tokens_at_its_place(train, folder):
     stream = np.load(folder / "stream.npy")[:1000]
-    assert train.sampler.num_sequences == 62
-    batch = train.batch(0, 62)
+    assert train.epochs(62) == 1
+    batch = train.batch(0, 62).tokens
     assert batch.shape == (62, LENGTH + 1) and batch.dtype == torch.int64
     rows = {tuple(row) for row in batch.tolist()}
     assert rows == {tuple(stream[i : i + LENGTH + 1].tolist()) for i in range(0, 62 * LENGTH, LENGTH)}
@@ -56,9 +56,9 @@ def test_a_sequence_is_the_tokens_at_its_place(train, folder):
 
 
 def test_a_batch_may_span_epochs(train):
-    across = train.batch(58, 10)
-    assert torch.equal(across, torch.cat([train.batch(58, 4), train.batch(62, 6)]))
-    first, second = train.batch(0, 62), train.batch(62, 62)
+    across = train.batch(58, 10).tokens
+    assert torch.equal(across, torch.cat([train.batch(58, 4).tokens, train.batch(62, 6).tokens]))
+    first, second = train.batch(0, 62).tokens, train.batch(62, 62).tokens
     assert not torch.equal(first, second)
     assert sorted(first.tolist()) == sorted(second.tolist())
     assert train.epochs(31) == 0.5 and train.epochs(124) == 2.0
@@ -70,7 +70,7 @@ def test_a_batch_may_span_epochs(train):
 def test_ranks_and_micro_batches_do_not_change_what_a_step_holds(train, world_size, micro_batch, prefetch):
     steps = step_of(train, 50, 32, micro_batch, world_size, prefetch, steps=2)
     for step, consumed in zip(steps, (50, 82)):
-        assert torch.equal(step, train.batch(consumed, 32))
+        assert torch.equal(step, train.batch(consumed, 32).tokens)
 
 
 def test_resuming_on_other_ranks_continues_exactly(train):
@@ -90,14 +90,14 @@ def prefetch_threads():
 
 def test_the_prefetch_thread_is_bounded_and_ends_with_its_iterator(train, monkeypatch):
     loaded = []
-    original = train.batch
-    monkeypatch.setattr(train, "batch", lambda first, count: loaded.append(first) or original(first, count))
+    original = train._load
+    monkeypatch.setattr(train, "_load", lambda places: loaded.append(places) or original(places))
     batches = train.micro_batches(0, 4, 4, 0, 1, prefetch=True, pin_memory=False)
     for _ in range(3):
         next(batches)
     (thread,) = prefetch_threads()
     thread.join(0.3)
-    assert thread.is_alive() and 3 <= len(loaded) <= 3 + data.PREFETCHED + 2
+    assert thread.is_alive() and 3 <= len(loaded) <= 3 + PREFETCHED + 2
     batches.close()
     assert not prefetch_threads()
 
@@ -111,16 +111,19 @@ def test_an_iterator_that_is_dropped_ends_its_thread(train):
 
 
 def test_errors_in_the_prefetch_thread_surface(train, monkeypatch):
-    original = train.batch
+    original, loaded = train._load, []
 
-    def failing(first, count):
-        if first >= 8:
+    def failing(places):
+        loaded.append(places)
+        if len(loaded) > 2:
             raise UserError("shard x.bin became shorter")
-        return original(first, count)
+        return original(places)
 
-    monkeypatch.setattr(train, "batch", failing)
+    monkeypatch.setattr(train, "_load", failing)
     batches = train.micro_batches(0, 4, 4, 0, 1, prefetch=True, pin_memory=False)
-    assert torch.equal(next(batches), original(0, 4)) and torch.equal(next(batches), original(4, 4))
+    for first in (0, 4):
+        expected = original(train._places(np.arange(first, first + 4))).tokens
+        assert torch.equal(next(batches).tokens, expected)
     with pytest.raises(UserError, match=r"x\.bin"):
         next(batches)
     assert not prefetch_threads()

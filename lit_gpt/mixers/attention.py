@@ -59,7 +59,8 @@ class CausalSelfAttention(nn.Module):
             if self.window is None and cache.position + x.shape[1] > cache.k.shape[1]:
                 raise UserError(f"full attention was given room for {cache.k.shape[1]} tokens, and they are used up.")
             k, v = cache.append(k, v)
-        y = causal_attention(q, k, v, self.window, None if documents is None else documents.ids)
+        masks = None if documents is None else documents.attention_masks(self.window, q.dtype)
+        y = causal_attention(q, k, v, self.window, masks)
         return self.o_proj(y.flatten(2))
 
     def new_cache(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:

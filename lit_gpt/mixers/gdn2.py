@@ -85,17 +85,10 @@ class GatedDeltaNet2(nn.Module):
         qkv, decay, erase, write, gate = self.in_proj(x).split(self.branches, dim=-1)
         q, k, v = self._convolve(qkv, documents, cache)
         g, b, w = self._gates(self.decay_up(decay), erase, write)
+        if documents is not None:  # a decay of exp(-inf) = 0 forgets all there was; the operator is exact there
+            g = g.masked_fill(documents.starts[:, :, None, None], -torch.inf)
         if cache is None:
-            o, _ = chunk_gdn2(
-                q,
-                k,
-                v,
-                g,
-                b,
-                w,
-                use_qk_l2norm_in_kernel=True,
-                cu_seqlens=None if documents is None else documents.cu_seqlens,
-            )
+            o, _ = chunk_gdn2(q, k, v, g, b, w, use_qk_l2norm_in_kernel=True)
         else:
             step = fused_recurrent_gdn2 if x.shape[1] == 1 else chunk_gdn2
             o, state = step(

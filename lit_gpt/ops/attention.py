@@ -19,7 +19,7 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: Optional[int] = None, document_ids: Optional[Tensor] = None
+    q: Tensor, k: Tensor, v: Tensor, window: Optional[int] = None, masks: Optional[list[Tensor]] = None
 ) -> Tensor:
     """Each query sees itself and the past; the queries are the last T of the S keys' positions.
 
@@ -27,61 +27,77 @@ def causal_attention(
         q: queries [B, T, H, D].
         k, v: keys and values [B, S, G, D], S >= T, G a divisor of H.
         window: tokens seen, the query's own included; None: all.
-        document_ids: document of each token [T], which confines attention to one document; needs S == T.
+        masks: of document_masks, which confine attention to one document; needs S == T.
 
     Returns:
         [B, T, H, D].
     """
     T, S = q.shape[1], k.shape[1]
     window = S if window is None else min(window, S)
-    if document_ids is None and backend(q.device, q.dtype) == "flash-attn":
+    if masks is None and backend(q.device, q.dtype) == "flash-attn":
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
     if T == S and window < T:
-        return _windowed(q, k, v, window, document_ids)
-    if T == S and document_ids is None:
+        return _windowed(q, k, v, window, masks)
+    if masks is not None:
+        return _sdpa(q, k, v, mask=masks[0])
+    if T == S:
         return _sdpa(q, k, v, causal=True)
-    return _sdpa(q, k, v, mask=_mask(T, S, window, q.device, document_ids))
+    return _sdpa(q, k, v, mask=_visible(T, S, window, q.device))
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, document_ids: Optional[Tensor]) -> Tensor:
+def document_masks(ids: Tensor, window: Optional[int], dtype: torch.dtype) -> list[Tensor]:
+    """What causal_attention adds to its scores: 0 where a key is in reach and of the query's document, else -inf.
+
+    Make them once for all layers of a window: SDPA keeps a mask of q's dtype as it is, and copies any other.
+
+    Args:
+        ids: document of each token [B, T].
+        dtype: of the queries.
+
+    Returns:
+        [B, 1, T, T]; where the window is shorter than T, [B, 1, W, W] of the first block of W queries, and
+        [B * blocks, 1, W, 2W] of the others.
+    """
+    T = ids.shape[1]
+    window = T if window is None else min(window, T)
+
+    def additive(queries: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
+        seen = visible & (queries[..., :, None] == keys[..., None, :])
+        return torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill_(~seen, -torch.inf).unsqueeze(-3)
+
+    head = ids[:, :window]
+    masks = [additive(head, head, _visible(window, window, window, ids.device))]
+    if window < T:
+        # Padding is a document of its own, so that its queries have something to see.
+        pairs = F.pad(ids, (0, -T % window), value=-1).unfold(1, 2 * window, window).flatten(0, 1)
+        masks.append(additive(pairs[:, window:], pairs, _visible(window, 2 * window, window, ids.device)))
+    return masks
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, masks: Optional[list[Tensor]]) -> Tensor:
     """Blocks of `window` queries against the same block of keys and the one before."""
     B, T, H, D = q.shape
-    first = causal_attention(
-        q[:, :window],
-        k[:, :window],
-        v[:, :window],
-        document_ids=None if document_ids is None else document_ids[:window],
-    )
+    first = causal_attention(q[:, :window], k[:, :window], v[:, :window], masks=masks and masks[:1])
     padding = -T % window
     if padding:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
-        document_ids = None if document_ids is None else F.pad(document_ids, (0, padding), value=-1)
     blocks = (T + padding) // window - 1
     queries = q[:, window:].reshape(B * blocks, window, H, D)
     keys, values = (
         x.unfold(1, 2 * window, window).movedim(-1, 2).reshape(B * blocks, 2 * window, *x.shape[2:]) for x in (k, v)
     )
-    if document_ids is None:
-        mask = _mask(window, 2 * window, window, q.device)
-    else:
-        ids = document_ids.unfold(
-            0, 2 * window, window
-        )  # one row for each block; a batch of documents is packed, so B = 1
-        mask = torch.stack([_mask(window, 2 * window, window, q.device, row) for row in ids])[:, None]
+    mask = masks[1] if masks else _visible(window, 2 * window, window, q.device)
     rest = _sdpa(queries, keys, values, mask=mask).reshape(B, blocks * window, H, D)
     return torch.cat([first, rest[:, : T - window]], dim=1)
 
 
-def _mask(T: int, S: int, window: int, device: torch.device, document_ids: Optional[Tensor] = None) -> Tensor:
+def _visible(T: int, S: int, window: int, device: torch.device) -> Tensor:
     """Which of S keys the last T positions may see, [T, S]."""
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)[None]
-    mask = (j <= i) & (j > i - window)
-    if document_ids is not None:
-        mask = mask & (document_ids[S - T :, None] == document_ids)
-    return mask
+    return (j <= i) & (j > i - window)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor] = None, causal: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ def short_conv(
     Args:
         x: inputs [B, T, C].
         weight: taps [C, W], the last one for the current token.
-        positions: place of each token in its document [T]; taps that reach into the document before are dropped.
+        positions: place of each token in its document [B, T]; taps that reach into the document before are dropped.
         history: the W-1 inputs that came before x, [B, W-1, C]; zeros if absent.
     """
     taps, length = weight.shape[1], x.shape[1]
@@ -27,6 +27,6 @@ def short_conv(
     for j in range(1, taps):
         tap = padded[:, taps - 1 - j : taps - 1 - j + length]
         if positions is not None:
-            tap = tap * (positions >= j)[:, None]
+            tap = tap * (positions >= j)[..., None]
         y = torch.addcmul(y, tap, weight[:, taps - 1 - j])
     return F.silu(y)

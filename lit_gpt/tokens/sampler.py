@@ -5,6 +5,8 @@
 - It is frozen: the arithmetic below is the data order of every run ever made with it; golden tests hold it in place.
 """
 
+from typing import Optional
+
 import numpy as np
 
 from lit_gpt.errors import UserError
@@ -60,22 +62,31 @@ class Sampler:
 
     A sample is the L + 1 tokens from `start`: inputs and, one further, targets.
 
+    With a shuffle unit of U = m * L tokens, units are permuted and their m sequences follow each other. What the first
+    t tokens of an epoch cover is then the same for every L, so L can change between two sequences of an epoch.
+
     Raises:
-        UserError: the corpus is shorter than one sample.
+        UserError: the corpus is shorter than one unit and its last target, or a unit is no whole number of sequences.
     """
 
-    def __init__(self, num_tokens: int, sequence_length: int, seed: int):
+    def __init__(self, num_tokens: int, sequence_length: int, seed: int, shuffle_unit: Optional[int] = None):
         if sequence_length < 1:
             raise UserError(f"sequence length {sequence_length} must be at least 1.")
+        unit = sequence_length if shuffle_unit is None else shuffle_unit
+        if unit < 1 or unit % sequence_length:
+            raise UserError(f"a shuffle unit of {unit} tokens is no multiple of the sequence length {sequence_length}.")
         if not 0 <= seed <= MASK64:
             raise UserError(f"data seed {seed} must be between 0 and 2^64 - 1.")
         self.sequence_length = sequence_length
         self.seed = seed
-        self.num_sequences = (num_tokens - 1) // sequence_length
-        if self.num_sequences < 1:
+        self.unit = unit
+        self.num_units = (num_tokens - 1) // unit
+        self.num_sequences = self.num_units * (unit // sequence_length)
+        if self.num_units < 1:
+            what = "sequence" if unit == sequence_length else "shuffle unit"
             raise UserError(
-                f"{num_tokens} tokens are too few for one sequence of {sequence_length} and its last target. "
-                f"Use more data or shorter sequences."
+                f"{num_tokens} tokens are too few for one {what} of {unit} and its last target. "
+                f"Use more data or shorter {what}s."
             )
 
     def epoch(self, g: "int | np.ndarray") -> "int | np.ndarray":
@@ -88,9 +99,10 @@ class Sampler:
         if (numbers < 0).any():
             raise ValueError("sequence numbers start at 0")
         epochs = (numbers // self.num_sequences).astype(np.uint64)
-        index = (numbers % self.num_sequences).astype(np.uint64)
+        unit, piece = np.divmod(numbers % self.num_sequences, self.unit // self.sequence_length)
         seed_key = mix64(np.full(1, self.seed, dtype=np.uint64) + np.uint64(GOLDEN_GAMMA))
         # SplitMix64's stream from that key, one number an epoch. A plain sum would let seed and epoch trade places.
         keys = mix64(seed_key + (epochs + np.uint64(1)) * np.uint64(GOLDEN_GAMMA))
-        starts = permute(index, self.num_sequences, keys).astype(np.int64) * self.sequence_length
+        units = permute(unit.astype(np.uint64), self.num_units, keys).astype(np.int64)
+        starts = units * self.unit + piece * self.sequence_length
         return starts if np.ndim(g) else int(starts[0])

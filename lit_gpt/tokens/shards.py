@@ -8,26 +8,32 @@
     24      n*s   token ids, s bytes each, little-endian
 
 Beside a shard lies its index `.idx`: the END of every document, counted in tokens, uint64 little-endian.
-Files are read with `pread`, which, unlike mapping, does not grow the process and is fast on network file systems.
+Files are read with `pread`, which, unlike mapping, does not grow the process and is fast on network file systems. An
+index is never loaded either: ends are nearly proportional to their number, so a guess finds the right page of it.
 """
 
+import contextlib
 import hashlib
 import os
 import struct
 from array import array
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 
 from lit_gpt.errors import UserError
 from lit_gpt.files import sync_folder, temporary_name, write_atomically
+from lit_gpt.tokens.storage import AnyPath, LocalFile, RemoteFile, open_file
 
 MAGIC = b"LITPKDS"
 VERSION = 1
 HEADER = struct.Struct("<7sQBQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+INDEX_PAGE = 512  # entries of an index that are read at once
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -37,27 +43,33 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Shard:
-    """One checked shard: `num_tokens` ids of `dtype`. Its header promises exactly the bytes that the file has."""
+    """One checked shard: `num_tokens` ids of `dtype`. Its header promises exactly the bytes that the file has.
 
-    path: Path
+    `num_documents`: entries of its index, None without one.
+    """
+
+    path: AnyPath
     dtype: np.dtype
     num_tokens: int
+    num_documents: Optional[int] = None
+
+    @cached_property
+    def index_path(self) -> AnyPath:
+        return self.path.with_suffix(".idx")
 
     @classmethod
-    def open(cls, path: Path) -> "Shard":
+    def open(cls, path: AnyPath) -> "Shard":
         """Read and check the header of `path`.
 
         Raises:
             UserError: missing file, foreign or damaged header, or a size other than the header's; names the file.
         """
         try:
-            with open(path, "rb", buffering=0) as file:
-                header = file.read(HEADER.size)
-                size = os.fstat(file.fileno()).st_size
+            header, size = open_file(path).pread(HEADER.size, 0), path.stat().st_size
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing. Restore it, or prepare the data again.") from None
         except OSError as error:
-            raise UserError(f"shard {path} cannot be read: {error.strerror}. Restore it.") from error
+            raise UserError(f"shard {path} cannot be read: {error.strerror or error}. Restore it.") from error
         if len(header) < HEADER.size:
             raise UserError(f"shard {path} is truncated: {size} bytes, less than a header. Restore it.")
         magic, version, code, num_tokens = HEADER.unpack(header)
@@ -74,19 +86,64 @@ class Shard:
             raise UserError(f"shard {path} {how}: {size} bytes, its header promises {expected}. Restore it.")
         return cls(path, dtype, num_tokens)
 
-    def read(self, descriptor: int, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as an array [count] of `dtype`, through an open file descriptor."""
-        wanted = count * self.dtype.itemsize
-        offset = HEADER.size + start * self.dtype.itemsize
-        parts = []
-        while wanted > 0:
-            part = os.pread(descriptor, wanted, offset)
-            if not part:
-                raise UserError(f"shard {self.path} became shorter while in use. Restore it and resume.")
-            parts.append(part)
-            wanted -= len(part)
-            offset += len(part)
-        return np.frombuffer(b"".join(parts), dtype=self.dtype)
+    def read(self, file: "LocalFile | RemoteFile", start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as an array [count] of `dtype`, through an open file."""
+        return _read_array(self.path, file, HEADER.size, self.dtype, start, count)
+
+    def document_ends(self, index: "LocalFile | RemoteFile", start: int, stop: int) -> np.ndarray:
+        """Ends e of documents with start < e < stop, ascending: int64, read from the open index.
+
+        The first of them is looked for by interpolation between known ends, and by halving where ends are far from
+        proportional, one page of the index at a time.
+
+        Raises:
+            UserError: the index is damaged: shorter than it was, or not ascending.
+        """
+        low, low_end, high, high_end = 0, 0, self.num_documents, self.num_tokens  # ends[low:high] holds the first
+        found, tries = [], 0
+        while low < high:
+            share = (start - low_end) / max(high_end - low_end, 1) if tries < 4 else 0.5
+            guess = low + int((high - low) * min(max(share, 0.0), 1.0)) - INDEX_PAGE // 2
+            first = max(low, min(guess, high - INDEX_PAGE))
+            page = self._index_page(index, first)
+            if page[0] > start and first > low:
+                high, high_end = first, int(page[0])
+            elif page[-1] <= start:
+                low, low_end = first + len(page), int(page[-1])
+            else:
+                low = high = first
+            tries += 1
+        first = low
+        while first < self.num_documents:
+            page = self._index_page(index, first)
+            found.append(page[np.searchsorted(page, start, "right") : np.searchsorted(page, stop, "left")])
+            if page[-1] >= stop:
+                break
+            first += len(page)
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def _index_page(self, index: "LocalFile | RemoteFile", first: int) -> np.ndarray:
+        count = min(INDEX_PAGE, self.num_documents - first)
+        page = _read_array(self.index_path, index, 0, np.dtype("<u8"), first, count).astype(np.int64)
+        if (page[1:] < page[:-1]).any() or page[0] < 0:
+            raise UserError(f"index {self.index_path} does not ascend, so it is damaged. Restore it.")
+        return page
+
+
+def _read_array(
+    path: AnyPath, file: "LocalFile | RemoteFile", skip: int, dtype: np.dtype, start: int, count: int
+) -> np.ndarray:
+    """Elements [start, start + count) of what follows the first `skip` bytes of a file."""
+    wanted, offset = count * dtype.itemsize, skip + start * dtype.itemsize
+    parts = []
+    while wanted > 0:
+        part = file.pread(wanted, offset)
+        if not part:
+            raise UserError(f"{path} became shorter while in use. Restore it and resume.")
+        parts.append(part)
+        wanted -= len(part)
+        offset += len(part)
+    return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=dtype)
 
 
 class ShardWriter:
@@ -132,8 +189,9 @@ class ShardWriter:
         sync_folder(self.path.parent)
 
     def abandon(self) -> None:
-        """Drop what was written."""
-        self._file.close()
+        """Drop what was written. Does nothing after `close`."""
+        with contextlib.suppress(OSError):  # a full disk fails again on what is still buffered
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Optional
 
 import lightning
 import torch
@@ -12,13 +11,15 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from rich.table import Table
 
-from data import TrainData, ValidationData
+from data import RawTrainData, RawValidationData, TrainData, ValidationData
 from lit_gpt.config import ModelConfig
 from lit_gpt.model import GPT
 from lit_gpt.ops import attention
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.optimizer import describe_groups, parameter_groups
 from lit_gpt.training.plan import Plan
+
+MANY_EPOCHS = 4  # up to there repeated data is nearly as good as new (arXiv 2305.16264)
 
 
 def describe(
@@ -27,8 +28,8 @@ def describe(
     args: PretrainArgs,
     config: ModelConfig,
     plan: Plan,
-    train: TrainData,
-    validation: Optional[ValidationData],
+    train: "TrainData | RawTrainData",
+    validation: "ValidationData | RawValidationData | None",
 ) -> None:
     """Print model, devices, batch, data and parameter groups; with --debug or --dry_run every argument too."""
     with torch.device("meta"):
@@ -37,7 +38,6 @@ def describe(
     layers = [config.mixer(i) for i in range(config.n_layer)]
     cuda = fabric.device.type == "cuda"
     kernels = attention.backend(fabric.device, torch.bfloat16 if cuda else torch.float32)
-    epochs = train.epochs(plan.total_steps * args.sequences_per_batch)
     device = torch.cuda.get_device_name() if cuda else "CPU"
     split = f"{fabric.world_size} ranks x {plan.accumulation} micro-batches of {plan.micro_batch}"
     states = f"{16 * parameters / 2**30:.2f} GiB"
@@ -51,7 +51,8 @@ def describe(
         "kernels": f"GDN-2: {'fused Triton' if cuda else 'chunkwise PyTorch'}; attention: {kernels}",
         "global batch": f"{args.sequences_per_batch} x {args.sequence_length} = {plan.batch_tokens:,} tokens: {split}",
         "steps": f"{plan.total_steps:,}, {plan.total_steps * plan.batch_tokens:,} tokens",
-        "training data": f"{train.corpus.num_tokens:,} tokens, of which the run sees {epochs:.2f} epochs",
+        "training data": "\n".join(describe_sources(train, plan.total_steps * args.sequences_per_batch)),
+        "documents": "kept apart" if args.document_reset else "not kept apart: a sequence is one text",
         "validation": "none: no validation shards",
     }
     if validation:
@@ -63,6 +64,22 @@ def describe(
     console.print(describe_groups(parameter_groups(skeleton, args.weight_decay)))
     if args.debug or args.dry_run:
         console.print(yaml.safe_dump(resolved(args, config), sort_keys=False), markup=False)
+
+
+def describe_sources(train: "TrainData | RawTrainData", consumed: int) -> list[str]:
+    """A line for each corpus: its size, its share, and how often `consumed` sequences go through it."""
+    if isinstance(train, RawTrainData):
+        tokens, epochs = train.corpus.estimated_tokens, train.epochs(consumed)
+        return [
+            f"raw text in {train.corpus.folder}: about {tokens:,} tokens, of which the run sees {epochs:.2f} epochs"
+        ]
+    lines = []
+    for corpus, share, epochs in train.corpus_epochs(consumed):
+        part = f"{share:.2%} from {corpus.folder}: " if len(train.corpora) > 1 else ""
+        lines.append(f"{part}{corpus.num_tokens:,} tokens, of which the run sees {epochs:.2f} epochs")
+        if epochs > MANY_EPOCHS:
+            lines[-1] += f" (more than {MANY_EPOCHS}: repeats this often teach less)"
+    return lines
 
 
 def resolved(args: PretrainArgs, config: ModelConfig) -> dict:

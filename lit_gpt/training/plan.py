@@ -15,6 +15,15 @@ DEBUG_STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the present batch size and data took over: at the start, or at a resume that changed them."""
+
+    step: int = 0
+    sequences: int = 0
+    tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Derived once from the arguments, the number of ranks and the validation data."""
 
@@ -30,6 +39,8 @@ class Plan:
     """Steps in the run."""
     eval_blocks: int
     """Validation blocks in an evaluation."""
+    origin: Origin = Origin()
+    """From where on batches are of this size."""
 
     @classmethod
     def make(cls, args: PretrainArgs, world_size: int, validation: Optional[ValidationData]) -> "Plan":
@@ -49,6 +60,11 @@ class Plan:
             total_steps=args.total_tokens // batch_tokens,
             eval_blocks=min(blocks, args.eval_iters * VALIDATION_BATCH or blocks),
         )
+
+    def going_on_from(self, origin: Origin, total_tokens: int) -> "Plan":
+        """The same plan for a run whose batches are of this size only from `origin` on."""
+        steps = origin.step + max(0, total_tokens - origin.tokens) // self.batch_tokens
+        return dataclasses.replace(self, origin=origin, total_steps=steps)
 
     def due(self, step: int, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens after this many."""

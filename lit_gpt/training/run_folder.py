@@ -9,19 +9,22 @@ import yaml
 
 from lit_gpt.errors import UserError
 from lit_gpt.files import write_atomically
+from lit_gpt.tokens.storage import AnyPath, copy_folder
 from lit_gpt.training.checkpoint import newest_checkpoint, read_meta
 from lit_gpt.training.records import read_metrics
 
 LOCK = ".lock"
+DATA_CHANGES = ("data.corpora.", "data.sequence_length", "data.shuffle_unit", "data.document_reset")
+"""What of a run's identity --allow_data_change lets a resume change, and the batch with it."""
 
 
-def open_run_folder(folder: Path, resolved: dict, tokenizer: Path, fresh: bool) -> IO:
+def open_run_folder(folder: Path, resolved: dict, tokenizer: AnyPath, fresh: bool) -> IO:
     """Make the run folder this process's own while the returned lock is open; leave config.yaml and the tokenizer in
     it.
 
     Args:
         resolved: what config.yaml is to say.
-        tokenizer: folder to copy, if it is there, so that a checkpoint can be sampled from without its data.
+        tokenizer: folder or file to copy, if it is there, so that a checkpoint can be sampled from without its data.
         fresh: empty the folder first.
 
     Raises:
@@ -37,8 +40,7 @@ def open_run_folder(folder: Path, resolved: dict, tokenizer: Path, fresh: bool) 
         if item.name != LOCK:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
     write_atomically(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
-    if tokenizer.is_dir():
-        shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+    copy_folder(tokenizer, folder / "tokenizer")
     return lock
 
 
@@ -58,20 +60,21 @@ def checkpoint_to_resume(folder: Path) -> Optional[Path]:
     return newest
 
 
-def step_of(checkpoint: Path, identity: dict) -> int:
-    """The step of a checkpoint. Raises UserError unless its model, data and batch are those of `identity`."""
+def resumable(checkpoint: Path, identity: dict, allow_data_change: bool) -> tuple[dict, list[str]]:
+    """What a checkpoint says of itself, and in what its data differs from that of `identity`.
+
+    Raises:
+        UserError: it is of another model, or of other data or batches and that is not allowed.
+    """
     meta = read_meta(checkpoint)
     then, now = _flat({key: meta.get(key) for key in identity}), _flat(identity)
-    other = [
-        f"{key} ({then.get(key)} then, {now.get(key)} now)"
-        for key in sorted({**then, **now})
-        if then.get(key) != now.get(key)
-    ]
-    if other:
-        raise UserError(
-            f"{checkpoint} was trained with another {', '.join(other)}. Use the same, or another --exp_name."
-        )
-    return meta["step"]
+    changed = [key for key in sorted({**then, **now}) if then.get(key) != now.get(key)]
+    told = [f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in changed]
+    only_data = all(key.startswith(DATA_CHANGES) or key == "sequences_per_batch" for key in changed)
+    if changed and not (only_data and allow_data_change):
+        choice = "--allow_data_change, to go on with the new ones," if only_data else "the same,"
+        raise UserError(f"{checkpoint} was trained with another {', '.join(told)}. Use {choice} or another --exp_name.")
+    return meta, told
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

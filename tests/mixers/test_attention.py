@@ -58,7 +58,7 @@ def test_documents_stay_apart(lengths, window):
     layer, x = build(window, num_kv_heads=2), inputs(50, B=1)
     offsets = torch.tensor((0, *lengths)).cumsum(0)
     starts = torch.repeat_interleave(offsets[:-1], torch.tensor(lengths))
-    found = layer(x, Documents.from_offsets(offsets, 50))
+    found = layer(x, Documents(offsets, (1, 50), x.device))
     torch.testing.assert_close(found, reference(layer, x, starts), atol=1e-6, rtol=1e-5)
     alone = torch.cat([layer(document) for document in x.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(found, alone, atol=1e-6, rtol=1e-5)  # rotary scores depend on distance alone

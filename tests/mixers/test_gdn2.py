@@ -202,7 +202,7 @@ def test_every_option_decodes(options):
 def test_documents_stay_apart(options):
     layer, x = build(**options), inputs(90, B=1)
     lengths = (1, 64, 2, 23)
-    documents = Documents.from_offsets(torch.tensor((0, *lengths)).cumsum(0), 90)
+    documents = Documents(torch.tensor((0, *lengths)).cumsum(0), (1, 90), x.device)
     alone = torch.cat([layer(document) for document in x.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(layer(x, documents), alone, atol=1e-9, rtol=1e-9)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_gpt.ops import attention
-from lit_gpt.ops.attention import RotaryEmbedding, causal_attention
+from lit_gpt.ops.attention import RotaryEmbedding, causal_attention, document_masks
 
 
 def reference(q, k, v, window=None, document_ids=None):
@@ -16,7 +16,7 @@ def reference(q, k, v, window=None, document_ids=None):
     distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
     visible = (distance >= 0) & (distance < (window or S))
     if document_ids is not None:
-        visible &= document_ids[:, None] == document_ids
+        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None])
     scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     return torch.einsum("bhts,bshd->bthd", weights, v)
@@ -30,7 +30,8 @@ def inputs(T: int, S: int, B: int = 2, heads: int = 4, kv_heads: int = 4, D: int
 
 def assert_same(q, k, v, window=None, document_ids=None):
     """Values and gradients."""
-    found, expected = causal_attention(q, k, v, window, document_ids), reference(q, k, v, window, document_ids)
+    masks = None if document_ids is None else document_masks(document_ids, window, q.dtype)
+    found, expected = causal_attention(q, k, v, window, masks), reference(q, k, v, window, document_ids)
     torch.testing.assert_close(found, expected)
     weight = torch.randn_like(expected)
     for a, b in zip(
@@ -63,15 +64,18 @@ def test_fewer_queries_than_keys_are_the_last_ones(T, S, window):
 @pytest.mark.parametrize("lengths", [(70,), (16, 16, 38), (15, 1, 17, 37), (1, 1, 68), (50, 20)])
 def test_documents(lengths, window, kv_heads):
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    assert_same(*inputs(70, 70, B=1, kv_heads=kv_heads), window, ids)
+    other = torch.arange(70) // 30
+    assert_same(*inputs(70, 70, B=2, kv_heads=kv_heads), window, torch.stack([ids, other]))
 
 
 def test_a_window_makes_no_mask_of_all_pairs(monkeypatch):
     sizes = []
-    original = attention._mask
-    monkeypatch.setattr(attention, "_mask", lambda T, S, *rest: sizes.append(T * S) or original(T, S, *rest))
+    original = attention._visible
+    monkeypatch.setattr(attention, "_visible", lambda T, S, *rest: sizes.append(T * S) or original(T, S, *rest))
     causal_attention(*inputs(500, 500), window=16)
+    masks = document_masks(torch.zeros(2, 500, dtype=torch.long), 16, torch.float64)
     assert max(sizes) <= 16 * 32
+    assert sum(mask.numel() for mask in masks) <= 2 * 512 * 32
 
 
 def test_backend_is_named(monkeypatch):
