@@ -82,10 +82,16 @@ def open_validation(
     if args.val_data_dir is not None:
         return ValidationData(args.val_data_dir, block_length, args.document_reset)
     if args.val_data_dir_raw is not None:
-        return RawValidationData(args.val_data_dir_raw, _tokenizer(args), block_length)
+        return RawValidationData(
+            args.val_data_dir_raw, _tokenizer(args), block_length, document_reset=args.document_reset
+        )
     if _is_raw(args):
         return RawValidationData(
-            args.train_data_dir_raw, _tokenizer(args), block_length, validation_fraction=_held_out(args)
+            args.train_data_dir_raw,
+            _tokenizer(args),
+            block_length,
+            validation_fraction=_held_out(args),
+            document_reset=args.document_reset,
         )
     if not train.corpus.folder.glob("validation*.bin"):
         return None
