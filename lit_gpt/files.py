@@ -1,11 +1,15 @@
 """Writing files so that a kill at any instant leaves the old content or the new, never a mixture."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
+
+from lit_gpt.errors import UserError
 
 
 def sync_folder(folder: Path) -> None:
@@ -23,14 +27,35 @@ def temporary_name(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`: temporary file, fsync, rename."""
+    """Write `content` to `path`: temporary file, fsync, rename. A failure, as of a full disk, leaves nothing."""
     temporary = temporary_name(path)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn "no space left" from inside the block into one line of advice.
+
+    Raises:
+        UserError: the disk or the quota of `folder` is used up.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space left on the disk of {folder}. What is finished is kept: free some, run the same command again."
+        ) from error
 
 
 def sha256_of_file(path: Path, skip: int = 0, on_bytes: Optional[Callable[[int], None]] = None) -> str:

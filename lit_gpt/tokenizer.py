@@ -167,14 +167,18 @@ class _SentencePiece:
 class _HuggingFace:
     def __init__(self, path: Path):
         self.model = tokenizers.Tokenizer.from_file(str(path))
-        self.model.encode_special_tokens = True  # "</s>" in a text is text
-        self.model.no_truncation()
-        self.model.no_padding()
-        self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
         config_file = path.with_name("tokenizer_config.json")
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         self.bos_id = self._special_id(config.get("bos_token"), BEGIN_TOKENS)
         self.eos_id = self._special_id(config.get("eos_token"), END_TOKENS)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for token in content.get("added_tokens", []):
+            token["special"] |= token["id"] in (self.bos_id, self.eos_id)  # some files leave them unmarked
+        self.model = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self.model.encode_special_tokens = True  # "</s>" in a text is text
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
 
     def _special_id(self, named: "str | dict | None", customary: tuple[str, ...]) -> Optional[int]:
         """Id of the token that tokenizer_config.json names, else of the first customary one that exists."""

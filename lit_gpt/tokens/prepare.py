@@ -4,6 +4,7 @@
     tokenizer/                    the tokenizer, copied or trained
     train_<name>_NNNNNN.bin, .idx, .json     unit N: tokens, document ends, and its record, written last = "done"
     validation_NNNNNN.bin, .idx              the documents of unit N that are held out
+    downloads/                    files of a dataset of the hub, each until its units are done
     manifest.json                 written when every unit is done = "finished"
 
 One unit of the source becomes one set of files, each written under a temporary name and renamed. A rerun skips the
@@ -16,10 +17,11 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import Any, Optional
 from lit_gpt.errors import UserError
 from lit_gpt.tokenizer import Tokenizer, train_tokenizer
 from lit_gpt.tokens.corpus import PREPARE_NAME, Corpus
+from lit_gpt.tokens.hub import DOWNLOADS, HubUnits, Listing, resolve
 from lit_gpt.tokens.manifest import SPLITS, read_json, read_manifest, write_json, write_manifest
 from lit_gpt.tokens.shards import Shard, ShardWriter, dtype_for
 from lit_gpt.tokens.sources import Unit, documents, sample_texts
@@ -78,6 +81,32 @@ def plan_of(job: Job, units: list[Unit], tokenizer: "Tokenizer | int") -> dict[s
     }
 
 
+def plan_of_hub(job: Job, listing: Listing, unit_bytes: int, tokenizer: "Tokenizer | int") -> dict[str, Any]:
+    """The same for a dataset of the hub, whose units become known, and are noted in the plan, as its files arrive."""
+    return {**plan_of(job, [], tokenizer), "unit_bytes": unit_bytes, "hub": listing.to_json()}
+
+
+def listing_of(out: Path, dataset: str, subset: str, revision: Optional[str]) -> Listing:
+    """The listing that `out` was begun with, if it was begun with these, else the hub's.
+
+    Raises:
+        UserError: see `hub.resolve`.
+    """
+    if (out / PREPARE_NAME).exists():
+        noted = read_json(out / PREPARE_NAME).get("hub")
+        if noted and (dataset, subset, revision) == (noted["dataset"], noted["subset"], noted["asked"]):
+            return Listing.from_json(noted)
+    return resolve(dataset, subset, revision)
+
+
+def hub_units(job: Job, listing: Listing, plan: dict[str, Any]) -> HubUnits:
+    """The units of a listing, those of earlier runs among them. New ones are noted in the plan's file."""
+    path = job.out / PREPARE_NAME
+    begun = read_json(path)["units"]
+    note = lambda entries: write_json(path, {**plan, "units": entries})
+    return HubUnits(listing, job.out / DOWNLOADS, job.text_column, plan["unit_bytes"], begun, note)
+
+
 def finished(job: Job, plan: dict[str, Any]) -> Optional[dict[str, Any]]:
     """The manifest if `job.out` already holds this plan's finished corpus; None if there is work to do.
 
@@ -106,10 +135,17 @@ def finished(job: Job, plan: dict[str, Any]) -> Optional[dict[str, Any]]:
 
 def _check_same_plan(out: Path, begun: dict[str, Any], plan: dict[str, Any]) -> None:
     advice = "Use what it was begun with, or a new --out."
+    hub_before, hub_now = begun.get("hub", {}), plan.get("hub", {})
+    for key in ("dataset", "subset", "commit"):
+        if hub_before.get(key) != hub_now.get(key):
+            was, now = hub_before.get(key), hub_now.get(key)
+            raise UserError(f"{out} was begun with {key} = {was}, now it is {now}. {advice}")
     for key in plan:
-        if key != "units" and begun.get(key) != plan[key]:
+        if key not in ("units", "hub") and begun.get(key) != plan[key]:
             raise UserError(f"{out} was begun with {key} = {begun.get(key)}, now it is {plan[key]}. {advice}")
     before, now = begun.get("units", []), plan["units"]
+    if hub_now:
+        return  # the commit and its files are the same, and so are the units
     for old, new in zip(before, now):
         if old != new:
             raise UserError(f"the source of {out} changed since it was begun, at {new['source']}. {advice}")
@@ -166,33 +202,54 @@ def check_document_format(tokenizer: Tokenizer, document_format: str) -> None:
             raise UserError(f"tokenizer {tokenizer.path} has no {token} token. Choose another --document_format.")
 
 
+def is_done(job: Job, unit: Unit) -> bool:
+    """Whether a unit's record exists, which is written last."""
+    return job.record_path(unit.number).exists()
+
+
 def run_units(
-    job: Job, units: list[Unit], workers: int, on_progress: Callable[[int, int], None], interval: float = 0.2
+    job: Job,
+    arrivals: Iterable[list[Unit]],
+    workers: int,
+    on_progress: Callable[[int, int], None],
+    on_done: Callable[[Unit], None] = lambda unit: None,
+    interval: float = 0.2,
 ) -> None:
-    """Prepare the units that have no record yet. `on_progress(source bytes, tokens)` hears sums over this run.
+    """Prepare the units that `arrivals` brings. The next of them are asked for, in a thread, before the workers have
+    nothing left to do. `on_progress(source bytes, tokens)` hears sums over this run, `on_done` of every finished unit.
 
     Raises:
-        UserError: from a unit, or a worker was killed. What is done stays done.
+        UserError: from a unit or its arrival, or a worker was killed. What is done stays done.
     """
-    waiting = [unit for unit in units if not job.record_path(unit.number).exists()]
-    if not waiting:
-        return
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 2)
     stopping = context.Event()
     with ProcessPoolExecutor(
-        max_workers=min(workers, len(waiting)),
+        max_workers=workers,  # a process starts when there is work for it
         mp_context=context,
         initializer=_start_worker,
         initargs=(job.out / "tokenizer", counters, stopping),
     ) as executor:
         try:
-            pending = {executor.submit(_work, job, unit) for unit in waiting}
-            while pending:
-                done, pending = wait(pending, timeout=interval, return_when=FIRST_COMPLETED)
+            supply = iter(arrivals)
+            arrival: Optional[Future] = _in_thread(supply)
+            pending: dict[Future, Unit] = {}
+            while arrival or pending:
+                waiting_for = [*pending, arrival] if arrival else pending
+                done, _ = wait(waiting_for, timeout=interval, return_when=FIRST_COMPLETED)
                 on_progress(*counters.get_obj())  # read without the lock: a killed worker may hold it
-                for future in done:
+                for future in done - {arrival}:
                     future.result()
+                    on_done(pending.pop(future))
+                if arrival and arrival.done():
+                    units = arrival.result()
+                    arrival = None
+                    if units is None:
+                        supply = None
+                    else:
+                        pending |= {executor.submit(_work, job, unit): unit for unit in units}
+                if supply and not arrival and len(pending) < 2 * workers:
+                    arrival = _in_thread(supply)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed (out of memory?). Finished units are kept: "
@@ -201,6 +258,20 @@ def run_units(
         finally:
             stopping.set()
             executor.shutdown(cancel_futures=True)
+
+
+def _in_thread(supply: Iterator[list[Unit]]) -> Future:
+    """The next item, or None after the last, by a thread that does not keep the program from ending."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(next(supply, None))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="supply", daemon=True).start()
+    return future
 
 
 class Stopped(Exception):
@@ -253,6 +324,11 @@ def prepare_unit(job: Job, unit: Unit, tokenizer: Tokenizer, report: Callable[[i
         for texts, encoded, size in _batches(unit, job.text_column, skipped):
             num_tokens = 0
             for text, raw, ids in zip(texts, encoded, tokenizer.encode_batch(texts)):
+                if tokenizer.bos_id in ids or tokenizer.eos_id in ids:
+                    raise UserError(
+                        f"tokenizer {tokenizer.name} turns text of {unit.source} into its own begin or end token, "
+                        "which would cut a document in two. Use one that keeps text as text."
+                    )
                 split = "validation" if is_validation(raw, job.validation_fraction) else "train"
                 writers[split].append(before + ids + after)
                 characters[split] += len(text)
@@ -352,6 +428,7 @@ def finish(job: Job, units: list[Unit], tokenizer: Tokenizer) -> dict[str, Any]:
             f"the source has no training documents: {totals['validation']['documents']} held out, "
             f"{totals['empty']} empty, {totals['not_text']} not UTF-8 text. Use more data or a smaller hold-out."
         )
+    shutil.rmtree(job.out / DOWNLOADS, ignore_errors=True)
     return write_manifest(
         job.out,
         {
@@ -370,11 +447,3 @@ def finish(job: Job, units: list[Unit], tokenizer: Tokenizer) -> dict[str, Any]:
             "totals": totals,
         },
     )
-
-
-def first_document(shard: Shard) -> list[int]:
-    """The ids of a shard's first document, by its index."""
-    with open(shard.path.with_suffix(".idx"), "rb") as index:
-        length = int.from_bytes(index.read(8), "little")
-    with open(shard.path, "rb") as file:
-        return shard.read(file.fileno(), 0, length).tolist()

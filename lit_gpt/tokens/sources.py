@@ -84,10 +84,9 @@ def list_units(
     group: list[str] = []
     group_size = 0
 
-    def add(files: list[str], size: int, row_groups: Optional[tuple[int, int]] = None) -> None:
+    def signature(*files: str) -> str:
         listing = json.dumps([(name, stats[name].st_size, stats[name].st_mtime_ns) for name in files])
-        signature = hashlib.sha256(listing.encode()).hexdigest()
-        units.append(Unit(len(units), root, tuple(files), size, signature, row_groups))
+        return hashlib.sha256(listing.encode()).hexdigest()
 
     for name in names:
         is_text = not name.endswith(RECORD_SUFFIXES)
@@ -95,20 +94,31 @@ def list_units(
             group.append(name)
             group_size += stats[name].st_size
         if group and (group_size >= unit_bytes or not is_text):
-            add(group, group_size)
+            units.append(Unit(len(units), root, tuple(group), group_size, signature(*group)))
             group, group_size = [], 0
-        if is_text:
-            continue
-        if name.endswith(".parquet"):
-            for size, row_groups in _row_group_ranges(root / name, text_column, unit_bytes):
-                add([name], size, row_groups)
-        else:
-            add([name], stats[name].st_size)
+        if not is_text:
+            units += record_units(root, name, text_column, unit_bytes, signature(name), len(units))
     if group:
-        add(group, group_size)
+        units.append(Unit(len(units), root, tuple(group), group_size, signature(*group)))
     if not sum(unit.bytes for unit in units):
         raise UserError(f"source {source} is empty. Give one with text.")
     return units
+
+
+def record_units(
+    root: Path, name: str, text_column: str, unit_bytes: int, signature: str, first_number: int
+) -> list[Unit]:
+    """The units of one .parquet, .jsonl or .jsonl.zst file, numbered from `first_number` on.
+
+    Raises:
+        UserError: a damaged .parquet file, or one without `text_column`.
+    """
+    if not name.endswith(".parquet"):
+        return [Unit(first_number, root, (name,), (root / name).stat().st_size, signature)]
+    ranges = _row_group_ranges(root / name, text_column, unit_bytes)
+    return [
+        Unit(number, root, (name,), size, signature, rows) for number, (size, rows) in enumerate(ranges, first_number)
+    ]
 
 
 def documents(unit: Unit, text_column: str) -> Iterator[tuple[Optional[str], int]]:

@@ -115,7 +115,7 @@ def test_the_corpus_goes_through_the_door(corpus):
     assert np.array_equal(train.corpus.read(0, train.corpus.num_tokens), stream)
     assert train.corpus.vocab_size == 330 and train.corpus.document_format == "bos_eos"
     assert train.corpus.tokenizer_sha256 == Tokenizer(out / "tokenizer").sha256
-    assert train.batch(0, 4).shape == (4, 65) and validation.block(0).shape == (129,)
+    assert train.batch(0, 4).tokens.shape == (4, 65) and validation.block(0).shape == (129,)
     check_same_tokenizer(train, validation)
     check_vocabulary(train.corpus, 330)
     with pytest.raises(UserError, match="vocabulary of 330"):
