@@ -233,6 +233,7 @@ class RawTrainData:
             "seed": self.seed,
             "order": ORDER_VERSION,
             "raw": LANES_VERSION,
+            "document_reset": self.document_reset,
         }
 
     @property
@@ -371,6 +372,7 @@ class RawValidationData:
         validation_fraction: the one of the training data, when `folder` is the same: takes the documents held out
             there. None takes every document of `folder`.
         max_tokens: where to stop; units are read in a fixed random order, so that what was read is a fair sample.
+        document_reset: give document boundaries with every batch.
 
     Raises:
         UserError: a folder or file that cannot be used, or fewer tokens than one block.
@@ -385,10 +387,11 @@ class RawValidationData:
         document_format: str = "bos_eos",
         validation_fraction: Optional[float] = None,
         max_tokens: int = VALIDATION_TOKENS,
+        document_reset: bool = True,
     ):
         split = None if validation_fraction is None else "validation"
         self.corpus = RawCorpus(folder, tokenizer, split, text_column, document_format, validation_fraction or 0.0)
-        self.block_length = block_length
+        self.block_length, self.document_reset = block_length, document_reset
         documents = self._read(max_tokens)
         self.tokens = np.concatenate([np.empty(0, np.int32), *documents])[:max_tokens]
         self.document_starts = np.cumsum([0, *map(len, documents)])[:-1]
@@ -416,6 +419,14 @@ class RawValidationData:
             raise IndexError(f"block {i} of {self.num_blocks}")
         start = i * self.block_length
         return torch.from_numpy(self.tokens[start : start + self.block_length + 1].astype(np.int64))
+
+    def batch(self, i: int) -> Batch:
+        """Block i as a micro-batch of one row, with its document boundaries unless document_reset is off."""
+        tokens, start = self.block(i)[None], i * self.block_length
+        if not self.document_reset:
+            return Batch(tokens)
+        inside = slice(*np.searchsorted(self.document_starts, [start + 1, start + self.block_length]))
+        return Batch(tokens, segment_offsets([self.document_starts[inside] - start], self.block_length))
 
 
 def _gathered(part: dict[int, Position]) -> list[dict[int, Position]]:

@@ -277,6 +277,11 @@ def test_held_out_documents_are_the_other_half_of_the_training_documents(folders
     assert torch.equal(blocks, torch.from_numpy(validation.tokens[: len(blocks)].astype(np.int64)))
     starts = validation.document_starts
     assert (validation.tokens[starts] == tokenizer.bos_id).all()
+    for i in range(validation.num_blocks):
+        batch = validation.batch(i)
+        assert torch.equal(batch.tokens[0], validation.block(i))
+        inside = (batch.tokens[0, :-1] == tokenizer.bos_id).nonzero().flatten().tolist()
+        assert batch.cu_seqlens.unique().tolist() == sorted({0, *inside, 64})
     held_out = {tokenizer.decode(part[1:-1].tolist()) for part in np.split(validation.tokens, starts[1:])}
     assert held_out and trained and not held_out & trained
     assert held_out | trained == set(TEXTS)
@@ -356,6 +361,7 @@ def test_the_fingerprint_names_files_and_options(folders, tokenizer, tmp_path):
         RawTrainData(copy, tokenizer, L + 1, seed=0),
         RawTrainData(copy, tokenizer, L, seed=0, document_format="eos"),
         RawTrainData(copy, tokenizer, L, seed=0, validation_fraction=0.1),
+        RawTrainData(copy, tokenizer, L, seed=0, document_reset=False),
         RawTrainData(copy, train_tokenizer(TEXTS, 310, tmp_path / "other"), L, seed=0),
     ]
     (copy / "0060.parquet").unlink()
