@@ -21,8 +21,6 @@ from lit_gpt.tokens.packed import TrainData, ValidationData
 from lit_gpt.tokens.raw import RawTrainData, RawValidationData
 from lit_gpt.tokens.storage import AnyPath
 
-RAW_VALIDATION_FRACTION = 0.005
-
 
 @dataclass
 class DataArgs:
@@ -52,7 +50,9 @@ class DataArgs:
     train_data_dir_raw: Optional[Path] = None
     """Folder of .parquet, .jsonl, .jsonl.zst or text files to train on directly, tokenized while training."""
     val_data_dir_raw: Optional[Path] = None
-    """The same for validation. Left out: documents of train_data_dir_raw held out by their content."""
+    """The same for validation. Left out: raw_validation_fraction of the documents of train_data_dir_raw."""
+    raw_validation_fraction: float = 0.005
+    """Share of raw documents, chosen by their content, that is held out where no validation data is given; 0: none."""
     use_stream_tok: bool = False
     """Train on train_data_dir_raw even where train_data_dir is given too."""
     tokenizer_path: Optional[Path] = None
@@ -86,6 +86,8 @@ def open_validation(
             args.val_data_dir_raw, _tokenizer(args), block_length, document_reset=args.document_reset
         )
     if _is_raw(args):
+        if not args.raw_validation_fraction:
+            return None
         return RawValidationData(
             args.train_data_dir_raw,
             _tokenizer(args),
@@ -121,7 +123,7 @@ def _tokenizer(args: DataArgs) -> Tokenizer:
 
 def _held_out(args: DataArgs) -> float:
     """The share of raw training documents that is kept for validation: none where validation has data of its own."""
-    return RAW_VALIDATION_FRACTION if args.val_data_dir is None and args.val_data_dir_raw is None else 0.0
+    return args.raw_validation_fraction if args.val_data_dir is None and args.val_data_dir_raw is None else 0.0
 
 
 def check_same_tokenizer(train: "TrainData | RawTrainData", val: "ValidationData | RawValidationData | None") -> None:
