@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import sys
 import sysconfig
 import tempfile
@@ -98,8 +97,9 @@ def tokens_per_second(data: RawTrainData, global_batch: int, prefetch: bool, sec
 def peak_memory(folder: Path, tokenizer: Path) -> tuple[int, int]:
     """Peak resident MB of this process, before it opens the data and after four steps."""
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    def peak() -> int:  # getrusage would count the parent's memory before exec
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) // 1024
 
     idle = peak()
     batches = stream(opened(folder, Tokenizer(tokenizer)), 0, GLOBAL_BATCH)

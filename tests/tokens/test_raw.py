@@ -181,6 +181,24 @@ def test_resumes_on_1_4_2_8_ranks_continue_exactly(folders, tokenizer, kind):
         assert torch.equal(torch.cat(legs), undisturbed[:done])
 
 
+def test_the_order_of_units_is_frozen(folders, tokenizer):
+    order = RawTrainData(folders["parquet"], tokenizer, L, seed=3).order
+    assert [order.start(turn) for turn in (*range(8), 24, 25)] == [19, 4, 20, 16, 9, 13, 6, 3, 15, 22]
+
+
+def test_the_sequence_length_may_change_at_a_resume(folders, tokenizer):
+    first, state = steps_of([RawTrainData(folders["jsonl.zst"], tokenizer, L, seed=1, lanes=4)], 0, 6, G)
+    resumed = RawTrainData(folders["jsonl.zst"], tokenizer, 5, seed=1)
+    resumed.load_state(state)
+    second = next(resumed.micro_batches(6 * G, 4 * 40, 4 * 40, 0, 1, prefetch=False, pin_memory=False)).tokens
+    whole = steps_of([RawTrainData(folders["jsonl.zst"], tokenizer, L, seed=1, lanes=4)], 0, 10, G)[0]
+    for lane in range(4):
+        streams = [rows.reshape(-1, 4, rows.shape[-1])[:, lane, :-1].flatten() for rows in (first, second, whole)]
+        joined = torch.cat(streams[:2])
+        assert len(joined) == 24 * L + 40 * 5
+        assert torch.equal(joined, streams[2][: len(joined)])
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_micro_batches_and_ranks_do_not_change_a_step(folders, tokenizer, world_size, prefetch):
@@ -216,6 +234,11 @@ def test_what_the_thread_read_ahead_is_not_counted(folders, tokenizer):
         source.state(8)
 
 
+def without_padding(cu_seqlens):
+    offsets = cu_seqlens.tolist()
+    return offsets[: offsets.index(offsets[-1]) + 1]
+
+
 def test_boundaries_are_where_documents_begin(folders, tokenizer):
     source = RawTrainData(folders["text"], tokenizer, L, seed=0, lanes=8)
     batches = source.micro_batches(0, 16, 4, 0, 1, prefetch=False, pin_memory=False)
@@ -224,8 +247,9 @@ def test_boundaries_are_where_documents_begin(folders, tokenizer):
         inputs = batch.tokens[:, :-1].flatten()
         starts = (inputs == tokenizer.bos_id).nonzero().flatten().tolist()
         assert batch.cu_seqlens.dtype == torch.int32
-        assert batch.cu_seqlens.unique().tolist() == sorted({*starts, *range(0, 4 * L + 1, L)})
+        assert without_padding(batch.cu_seqlens) == sorted({*starts, *range(0, 4 * L + 1, L)})
         sizes.add(len(batch.cu_seqlens))
+    assert len(sizes) == 1
     plain = RawTrainData(folders["text"], tokenizer, L, seed=0, lanes=8, document_reset=False)
     batch = next(plain.micro_batches(0, 16, 4, 0, 1, prefetch=False, pin_memory=False))
     assert batch.cu_seqlens is None
@@ -281,7 +305,7 @@ def test_held_out_documents_are_the_other_half_of_the_training_documents(folders
         batch = validation.batch(i)
         assert torch.equal(batch.tokens[0], validation.block(i))
         inside = (batch.tokens[0, :-1] == tokenizer.bos_id).nonzero().flatten().tolist()
-        assert batch.cu_seqlens.unique().tolist() == sorted({0, *inside, 64})
+        assert without_padding(batch.cu_seqlens) == sorted({0, *inside, 64})
     held_out = {tokenizer.decode(part[1:-1].tolist()) for part in np.split(validation.tokens, starts[1:])}
     assert held_out and trained and not held_out & trained
     assert held_out | trained == set(TEXTS)
@@ -442,6 +466,13 @@ def test_a_source_without_documents_ends_instead_of_turning_for_ever(tmp_path, t
     source = RawTrainData(tmp_path, tokenizer, L, seed=0)
     with pytest.raises(UserError, match="no documents to train on"):
         next(source.micro_batches(0, 1, 1, 0, 1, prefetch=False, pin_memory=False))
+
+
+def test_a_tiny_source_repeats(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + "\n" * 2000)  # a second range without documents
+    document = [tokenizer.bos_id, *tokenizer.encode("one"), tokenizer.eos_id]
+    tokens = steps_of([RawTrainData(tmp_path, tokenizer, L, seed=0)], 0, 9, 1, global_batch=1)[0][..., :-1].flatten()
+    assert tokens.tolist() == (document * len(tokens))[: len(tokens)]
 
 
 def test_a_file_that_changed_since_the_checkpoint_is_refused(tmp_path, tokenizer):
