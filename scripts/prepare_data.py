@@ -293,7 +293,8 @@ def inspect(argv: list[str]) -> None:
     picture = args.picture or Path(args.folder) / f"document_lengths_{args.split}.png"
     with console.status("measuring documents ..."):
         numbers = draw_lengths(corpus, picture)
-    table = Table(title=f"{args.folder}, {args.split}: {corpus.num_tokens:,} tokens", title_justify="left")
+    say(f"\n{args.folder}, {args.split}: {corpus.num_tokens:,} tokens")
+    table = Table()
     table.add_column("documents in tokens")
     table.add_column("", justify="right")
     for name, number in numbers.items():

@@ -4,8 +4,9 @@
   `CC-MAIN-2024-10` in `data/CC-MAIN-2024-10` (older revisions: at the root), `default` is `data`, or everything.
 - The commit, and every file's size and SHA-256, are noted at the first run. A rerun takes the same, and asks the hub
   for nothing but the files it still needs.
-- A file is fetched, resumably, while the one before it is tokenized, checked against its SHA-256, and deleted when its
-  last unit is done: the disk holds about two files of the source at a time.
+- A file is fetched while the one before it is tokenized, checked against its SHA-256, and deleted when its last unit is
+  done: the disk holds about two files of the source at a time. A connection that breaks continues where it was; after
+  a kill the file that was arriving is fetched again.
 """
 
 import contextlib
@@ -16,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import huggingface_hub
+from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub.utils import disable_progress_bars
 
 from lit_gpt.errors import UserError
 from lit_gpt.files import sha256_of_file
@@ -64,7 +66,7 @@ def resolve(dataset: str, subset: str, revision: Optional[str]) -> Listing:
     Raises:
         UserError: no connection, no such dataset, revision or subset, or no access to it.
     """
-    api = huggingface_hub.HfApi()
+    api = HfApi()
     with _explained(dataset):
         commit = api.dataset_info(dataset, revision=revision).sha
 
@@ -72,7 +74,7 @@ def resolve(dataset: str, subset: str, revision: Optional[str]) -> Listing:
             try:
                 tree = api.list_repo_tree(dataset, folder, recursive=recursive, revision=commit, repo_type="dataset")
                 return list(tree)
-            except huggingface_hub.errors.EntryNotFoundError:
+            except errors.EntryNotFoundError:
                 return []
 
         for folder in _folders(subset):
@@ -103,9 +105,9 @@ def download(listing: Listing, file: HubFile, folder: Path) -> None:
     Raises:
         UserError: the connection fails, or what arrived is not what the listing says.
     """
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
     with _explained(listing.dataset):
-        path = huggingface_hub.hf_hub_download(
+        path = hf_hub_download(
             listing.dataset, file.path, repo_type="dataset", revision=listing.commit, local_dir=folder
         )
     path = Path(path)
@@ -204,7 +206,6 @@ def _explained(dataset: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        errors = huggingface_hub.errors
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         if isinstance(error, errors.GatedRepoError):

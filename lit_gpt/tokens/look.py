@@ -83,12 +83,12 @@ def draw_lengths(corpus: Corpus, path: Path) -> dict[str, float]:
 
     reached = np.cumsum(counts)
     quantile = lambda q: int(np.searchsorted(reached, q * documents))
-    edges = np.unique(np.geomspace(1, max(longest, 2), 60).astype(np.int64))
-    of_length = np.minimum(np.arange(LONGEST + 1), edges[-1])
+    edges = np.unique(np.geomspace(1, min(longest, LONGEST) + 1, 60).astype(np.int64))
+    length = np.arange(LONGEST + 1)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, weights in (("documents", counts), ("tokens", counts * np.arange(LONGEST + 1))):
-        share, _ = np.histogram(of_length, bins=[*edges, edges[-1] + 1], weights=weights / max(weights.sum(), 1))
-        axes.stairs(share, [*edges, edges[-1] + 1], fill=name == "documents", alpha=0.6, linewidth=1.5, label=name)
+    for name, weights in (("documents", counts), ("tokens", counts * length)):
+        share, _ = np.histogram(length, bins=edges, weights=weights / max(weights.sum(), 1))
+        axes.stairs(share, edges, fill=name == "documents", alpha=0.6, linewidth=1.5, label=name)
     axes.set(xscale="log", xlabel="tokens in a document", ylabel="share", title=f"{corpus.folder}, {corpus.split}")
     axes.grid(alpha=0.3)
     axes.legend()

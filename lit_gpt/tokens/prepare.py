@@ -166,7 +166,7 @@ def begin(job: Job, plan: dict[str, Any]) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file system without locks
                 raise
-        for leftover in job.out.rglob("*.tmp"):
+        for leftover in (*job.out.rglob("*.tmp"), *(job.out / DOWNLOADS).rglob("*.incomplete")):
             leftover.unlink()
         if job.has_tokenizer():
             _check_same_plan(job.out, read_json(job.out / PREPARE_NAME), plan)  # again, now that nobody else writes
