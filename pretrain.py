@@ -43,7 +43,7 @@ from lit_gpt.model import GPT
 from lit_gpt.tokens.batch import Batch
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint import Checkpoints
-from lit_gpt.training.describe import describe, resolved
+from lit_gpt.training.describe import describe, describe_sources, resolved
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
 from lit_gpt.training.records import Records, peak_flops
@@ -67,8 +67,10 @@ class Run:
 
     @property
     def sequences(self) -> int:
-        origin = self.plan.origin
-        return origin.sequences + (self.step - origin.step) * self.args.sequences_per_batch
+        return self.sequences_after(self.step)
+
+    def sequences_after(self, step: int) -> int:
+        return self.plan.origin.sequences + (step - self.plan.origin.step) * self.args.sequences_per_batch
 
     @property
     def tokens(self) -> int:
@@ -120,21 +122,20 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
         console.print("dry run: everything checked, nothing written.")
         return
 
-    lock = None
-    if fabric.is_global_zero:
-        lock = open_run_folder(plan.folder, resolved(args, config), tokenizer_of(args, train), fresh=args.debug)
-    fabric.barrier()
     architecture = {k: v for k, v in config.to_dict().items() if k != "name"}
     identity = {"model": architecture, "data": train.fingerprint, "sequences_per_batch": args.sequences_per_batch}
-    newest, step = checkpoint_to_resume(plan.folder), 0
+    newest, step, changes = None if args.debug else checkpoint_to_resume(plan.folder), 0, []
     if newest:
         meta, changes = resumable(newest, identity, args.allow_data_change)
         step = meta["step"]
         here = Origin(step, meta["sequences"], meta["tokens"])
         plan = plan.going_on_from(here if changes else Origin(**meta["origin"]), args.total_tokens)
         train.load_state(meta["data_state"])
-        for change in changes:
-            console.print(f"from step {step} on with another {change}")
+
+    lock = None
+    if fabric.is_global_zero:
+        lock = open_run_folder(plan.folder, resolved(args, config), tokenizer_of(args, train), fresh=args.debug)
+    fabric.barrier()
     run = Run(
         fabric=fabric,
         args=args,
@@ -144,6 +145,9 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
         identity=identity,
         step=step,
     )
+    if changes:
+        console.print(f"from step {step} on with another", "\n    ".join(["", *changes]))
+        console.print("\n".join(describe_sources(train, run.sequences_after(plan.total_steps))))
 
     fabric.seed_everything(args.seed, verbose=False)
     model = GPT(config).to(fabric.device)  # drawn on the CPU, so that a seed means the same weights everywhere

@@ -1,5 +1,7 @@
 """The model: decoding, packing and batching change nothing; gradients, losses, counts."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +115,33 @@ def test_no_gradient_passes_between_documents(model):
         hook.remove()
     assert embedded.grad[0, :cut].abs().max() == 0
     assert embedded.grad[0, cut:].abs().amax(-1).min() > 0
+
+
+@torch.no_grad()
+def test_rows_apart_are_rows_of_documents(model):
+    """A batch of rows side by side equals its documents alone, also where the offsets leave out the rows' starts."""
+    ids, targets = tokens(3, 100), tokens(3, 100).roll(7)
+    inside = [(1, 64), (WINDOW,), ()]
+    offsets = torch.tensor(sorted(100 * row + start for row in range(3) for start in inside[row]) + [300] * 4)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), offsets])
+    found = model(ids, targets, cu_seqlens=offsets.int(), rows_apart=True)
+    assert found.shape == (3, 100)
+    for row in range(3):
+        lengths = torch.tensor([0, *inside[row], 100]).diff().tolist()
+        pieces = zip(ids[row].split(lengths), targets[row].split(lengths))
+        alone = torch.cat([model(piece[None], target[None])[0] for piece, target in pieces])
+        torch.testing.assert_close(found[row], alone, **TOLERANCE)
+
+
+def test_the_gradient_of_a_packed_batch_is_that_of_its_documents(model):
+    ids, targets, bounds = tokens(2, 80), tokens(2, 80).roll(3), [0, 30, 31, 80, 144, 160]
+    parameters = list(model.parameters())
+    loss = model(ids, targets, cu_seqlens=torch.tensor(bounds), rows_apart=True).mean()
+    pieces = [(ids.flatten()[None, a:b], targets.flatten()[None, a:b]) for a, b in pairwise(bounds)]
+    mean = sum(model(*piece).sum() for piece in pieces) / 160
+    torch.testing.assert_close(loss, mean, **TOLERANCE)
+    for found, expected in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(mean, parameters)):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 def test_cache_and_documents_together_are_refused(model):

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pretrain
+from data import TrainData
+from lit_gpt.model import GPT
 from lit_gpt.tokens.shards import HEADER
 from lit_gpt.training.records import read_metrics
 
@@ -194,6 +198,11 @@ def refused(argv: list[str], capsys) -> str:
         ({"learning_rate": "fast"}, ["learning_rate"]),
         ({"learning_rat": 1}, ["learning_rat"]),
         ({"wandb_project": "x"}, []),
+        ({"train_data_dir": "a=0.5,b"}, ["b has no weight"]),
+        ({"train_data_dir": "nosuch://a"}, ["nosuch"]),
+        ({"shuffle_unit": 33}, ["shuffle unit 33", "32"]),
+        ({"use_stream_tok": "true"}, ["--train_data_dir_raw"]),
+        ({"use_stream_tok": "true", "train_data_dir_raw": "."}, ["--tokenizer_path"]),
     ],
 )
 def test_mistakes_end_in_one_line_before_anything_is_written(flags, words, arguments, tmp_path, capsys, monkeypatch):
@@ -240,6 +249,83 @@ def test_a_run_of_another_kind_is_not_resumed(flags, undisturbed, arguments, tmp
     shutil.copytree(undisturbed.parent, root / "outputs")
     err = refused(arguments(output_root=root, **flags), capsys)
     assert next(iter(flags)) in err and "--exp_name" in err
+
+
+def test_data_may_change_at_a_resume_that_allows_it(arguments, tmp_path, tiny_corpus, monkeypatch, capsys):
+    twin = tmp_path / "twin"  # the same documents, read as a bare folder: other data to the program
+    twin.mkdir()
+    for path in tiny_corpus.glob("*.bin"):
+        shutil.copy(path, twin / path.name)
+    with monkeypatch.context() as patch:
+        stop_after(20, patch)
+        with pytest.raises(Stop):
+            pretrain.setup(arguments())
+    folder = tmp_path / "outputs" / "debug_test"
+    other = {"train_data_dir": f"{tiny_corpus}=0.5,{twin}=0.5", "sequence_length": 64, "sequences_per_batch": 2}
+    other |= {"num_extrapol": 2, "micro_batch_size": 1}
+    err = refused(arguments(**other), capsys)
+    assert "data.sequence_length (32 then, 64 now)" in err and "--allow_data_change" in err
+    pretrain.setup(arguments(**other, allow_data_change="true", save_step_interval=5, total_tokens=30 * 128))
+    out = capsys.readouterr().out
+    assert "from step 17 on" in out and "50.00% from" in out
+    pretrain.setup(arguments(**other, save_step_interval=5))  # the change is part of the run now
+    metrics = read_metrics(folder / "metrics.jsonl")
+    assert [(r["step"], r["tokens"]) for r in metrics if "loss" in r] == [(n, 128 * n) for n in range(1, STEPS + 1)]
+    meta = json.loads((folder / "checkpoints" / f"step-{STEPS:08d}" / "meta.json").read_text())
+    assert meta["sequences"] == 17 * 4 + (STEPS - 17) * 2 and meta["origin"]["sequences"] == 17 * 4
+    assert [phase["start"] for phase in meta["data_state"]["phases"]] == [0, 17 * 4]
+    assert "seed" in refused(arguments(**other, seed=1, allow_data_change="true"), capsys)
+
+
+@pytest.mark.parametrize("document_reset", [True, False])
+def test_the_first_loss_is_that_of_the_documents_apart_or_not(
+    document_reset, arguments, tmp_path, tiny_model, tiny_corpus
+):
+    pretrain.setup(arguments(document_reset=str(document_reset).lower(), total_tokens=128))
+    torch.manual_seed(3407)
+    model = GPT.from_name(str(tiny_model))
+    tokens, cu_seqlens = TrainData(tiny_corpus, 32, seed=3407).batch(0, 4)
+    assert len(cu_seqlens.unique()) > 5
+    with torch.no_grad():
+        expected = [model(row[None, :-1], row[None, 1:])[0] for row in tokens]
+        if document_reset:
+            bounds = cu_seqlens.unique().tolist()
+            inputs, targets = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
+            expected = [model(inputs[a:b][None], targets[a:b][None])[0] for a, b in pairwise(bounds)]
+    loss = losses(tmp_path / "outputs" / "debug_test")[0][1]
+    assert loss == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
+
+
+def test_raw_text_trains_and_resumes_bit_for_bit(arguments, tmp_path, tiny_corpus, monkeypatch):
+    source, flags = tmp_path / "source", {"total_tokens": 20 * 128, "raw_validation_fraction": 0.3}
+    source.mkdir()
+    for i in range(40):
+        (source / f"{i}.txt").write_text(f"Document {i} counts: {' '.join(str(n * i) for n in range(60))}\n")
+    raw = {"train_data_dir_raw": source, "tokenizer_path": tiny_corpus / "tokenizer", "use_stream_tok": "true"}
+    pretrain.setup(arguments(**raw, **flags, exp_name="whole"))
+    with monkeypatch.context() as patch:
+        stop_after(18, patch)
+        with pytest.raises(Stop):
+            pretrain.setup(arguments(**raw, **flags))
+    pretrain.setup(arguments(**raw, **flags))
+    whole, resumed = tmp_path / "outputs" / "debug_whole", tmp_path / "outputs" / "debug_test"
+    assert len(losses(whole)) == 20 and losses(resumed) == losses(whole) and evaluations(resumed) == evaluations(whole)
+    assert (whole / "tokenizer").is_dir()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_does_and_hand_over(undisturbed, arguments, tmp_path):
+    """17 steps on one rank, 17 on two, 6 on one: gloo processes on this machine."""
+    folder = tmp_path / "outputs" / "debug_test"
+    for steps, devices in ((17, 1), (34, 2), (STEPS, 1)):
+        flags = {"devices": devices, "total_tokens": steps * 128, "warmup_tokens": 51, "min_learning_rate": 1e-2}
+        command = [sys.executable, str(ROOT / "pretrain.py"), *arguments(**flags)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    reference = tmp_path / "reference"
+    flags = {"warmup_tokens": 51, "min_learning_rate": 1e-2, "output_root": reference}
+    pretrain.setup(arguments(**flags))
+    ours, theirs = (np.array([loss for _, loss in losses(f)]) for f in (folder, reference / "outputs" / "debug_test"))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def test_two_processes_cannot_train_in_one_folder(arguments, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Documents, mixtures and changes of data, through the training data of packed folders."""
 
 import json
+import os
+import socket
 
 import fsspec
 import numpy as np
@@ -220,6 +222,37 @@ def test_global_batches_are_the_same_on_any_ranks_from_any_place(corpora, world_
             rows += batch.tokens.tolist()
     assert rows == expected.tokens.tolist(), consumed
     assert starts == expected.cu_seqlens.unique()[:-1].tolist(), consumed
+
+
+def gather_steps(rank, world_size, folders, places, port, out):
+    """One of the gloo processes: what all ranks together load at each place, written by rank 0."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    data, steps = TrainData(folders, LENGTH, seed=7), []
+    for consumed, micro_batch in places:
+        batches = data.micro_batches(consumed, 32, micro_batch, rank, world_size, prefetch=True, pin_memory=False)
+        for _ in range(32 // (world_size * micro_batch)):
+            parts = [torch.empty(micro_batch, LENGTH + 1, dtype=torch.int64) for _ in range(world_size)]
+            torch.distributed.all_gather(parts, next(batches).tokens)
+            steps += parts
+        batches.close()
+    if rank == 0:
+        torch.save(torch.cat(steps), out)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_load_the_same_global_batches(corpora, tmp_path):
+    folders = f"{corpora['a'][0]}=0.6,{corpora['b'][0]}=0.4"
+    rng = np.random.default_rng()
+    places = [(int(rng.integers(0, 100_000)), int(rng.choice([1, 2, 4, 8, 16]))) for _ in range(200)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(gather_steps, (2, folders, places, port, tmp_path / "steps.pt"), nprocs=2)
+    data = TrainData(folders, LENGTH, seed=7)
+    for step, (consumed, micro_batch) in zip(torch.load(tmp_path / "steps.pt").split(32), places, strict=True):
+        assert torch.equal(step, data.batch(consumed, 32).tokens), (consumed, micro_batch)
 
 
 # changes at a resume
