@@ -103,6 +103,17 @@ def test_tokenizer_json(hugging_face, tmp_path):
     assert (copy.eos_id, copy.sha256) == (2, configured.sha256)
 
 
+def test_an_end_token_that_is_not_marked_special_is_text_all_the_same(hugging_face, tmp_path):
+    content = json.loads((hugging_face / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.encode("a</s><s>b")
+    assert not {0, 1} & set(ids) and tokenizer.decode([*ids, 1]) == "a</s><s>b"
+    assert tokenizer.encode("<end>") == [2], "a token of the author's stays one"
+
+
 def test_a_folder_with_both_uses_the_model_file(hugging_face, trained, tmp_path):
     for path in (hugging_face / "tokenizer.json", trained.path):
         (tmp_path / path.name).write_bytes(path.read_bytes())

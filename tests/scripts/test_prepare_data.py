@@ -1,3 +1,4 @@
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -18,6 +19,7 @@ import zstandard
 
 from data import TrainData, ValidationData, check_same_tokenizer, check_vocabulary
 from lit_gpt.errors import UserError
+from lit_gpt.files import explain_full_disk
 from lit_gpt.tokenizer import Tokenizer, train_tokenizer
 from lit_gpt.tokens import prepare
 from lit_gpt.tokens.corpus import Corpus
@@ -349,6 +351,79 @@ def test_a_damaged_corpus_is_refused_by_file_name(corpus, tmp_path, capsys):
     assert f"{shard} differs from what was prepared" in refused(capsys, "verify", out)
 
 
+def test_the_tools_print_draw_export_and_adopt(corpus, tmp_path, capsys):
+    out = corpus[0]
+
+    def printed(*flags):
+        prepare_data.main([str(flag) for flag in flags])
+        return " ".join(capsys.readouterr().out.split())
+
+    totals = json.loads((out / "manifest.json").read_text())["totals"]
+    picture = tmp_path / "lengths.png"
+    shown = printed("inspect", out, "--documents", 2, "--picture", picture)
+    assert shown.count("document at token") == 2 and "delta" in shown and str(picture) in shown
+    assert f"documents │ {totals['train']['documents']} │" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    flags = ["--official", "--chunk", "65x16", "--validation_chunk", "400", "--out", tmp_path / "official"]
+    exported = printed("export", out, *flags)
+    files = len(list((tmp_path / "official").glob("train_slim*.bin")))
+    assert f"{files} of train (1,040 tokens)" in exported
+    assert f"{totals['train']['tokens']:,} tokens" in printed(
+        "adopt", tmp_path / "official", "--tokenizer", out / "tokenizer"
+    )
+    verified = printed("verify", "--folder", tmp_path / "official")
+    assert "as prepared" in verified
+    assert "must be a number of tokens" in refused(capsys, "export", out, "--chunk", "4k", "--out", tmp_path / "x")
+    assert "only layout" in refused(capsys, "export", out, "--official", "false", "--out", tmp_path / "x")
+    assert "none of bos_eos" in refused(capsys, "adopt", out, "--document_format", "x")
+    assert "required: folder" in refused(capsys, "verify")
+    assert "no hashes" in refused(capsys, "verify", bare_copy(tmp_path / "official", tmp_path / "bare"))
+
+
+def bare_copy(folder, copy):
+    copy.mkdir()
+    for path in folder.glob("*.bin"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 200 kB, and what makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size, *options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}k", *options]), "tmpfs", str(disk)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if os.geteuid() or not mount(200):
+        pytest.skip("takes root and mount")
+    yield disk, lambda: mount(8000, "remount")
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(small_disk, tmp_path):
+    disk, enlarge = small_disk
+    (tmp_path / "texts").mkdir()
+    for i in range(60):
+        (tmp_path / "texts" / f"{i}.txt").write_text(text(i, words=1000), encoding="utf-8")
+    flags = ["--source", tmp_path / "texts", "--train_tokenizer", 330, "--unit_bytes", 20_000, "--workers", 2]
+    result = run(*flags, "--out", disk / "out")
+    assert result.returncode == 2, result.stdout
+    assert result.stderr == f"error: no space left on the disk of {disk / 'out'}. " + (
+        "What is finished is kept: free some, run the same command again.\n"
+    )
+    done = len(list((disk / "out").glob("train*.json")))
+    assert done and not list((disk / "out").rglob("*.tmp")) and not (disk / "out" / "manifest.json").exists()
+    assert run(*flags, "--out", disk / "out").returncode == 2, "still full"
+    assert enlarge()
+    result = run(*flags, "--out", disk / "out")
+    assert result.returncode == 0 and "continuing" in result.stdout, result.stderr
+    assert run(*flags, "--out", tmp_path / "whole").returncode == 0
+    assert content(disk / "out") == content(tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def small_tokenizer(tmp_path_factory):
     return train_tokenizer([text(i) for i in range(20)], 330, tmp_path_factory.mktemp("tokenizer") / "small")
@@ -492,6 +567,39 @@ def test_units_of_another_tokenizer_are_refused(tmp_path, small_tokenizer):
     other = train_tokenizer([text(1)], 320, tmp_path / "other")
     with pytest.raises(UserError, match=r"unit 0 of .* was made with another tokenizer"):
         prepare.finish(job, units, other)
+
+
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_no_space_for_any_of_the_writes_leaves_nothing_half_done(failing, tmp_path, small_tokenizer, monkeypatch):
+    path = write_source(".jsonl", tmp_path)
+    out, calls, fsync = tmp_path / "out", [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    prepared(path, tmp_path / "whole", small_tokenizer)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="no space left"), explain_full_disk(out):
+        prepared(path, out, small_tokenizer)
+    assert not list(out.rglob("*.tmp"))
+    prepared(path, out, small_tokenizer)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_other_errors_of_the_disk_stay_what_they_are(tmp_path):
+    with pytest.raises(PermissionError), explain_full_disk(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_a_tokenizer_that_cuts_text_is_refused(tmp_path, small_tokenizer, monkeypatch):
+    path = write_source(".jsonl", tmp_path)
+    real = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [[*ids, 2, 9] for ids in real(self, texts)])
+    with pytest.raises(UserError, match=r"turns text of a\.jsonl into its own begin or end token"):
+        prepared(path, tmp_path / "out", small_tokenizer)
 
 
 def test_a_second_process_is_kept_out(tmp_path, small_tokenizer):
