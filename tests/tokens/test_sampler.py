@@ -74,3 +74,29 @@ def test_what_cannot_be_sampled_is_refused():
         Sampler(100, 10, seed=-1)
     with pytest.raises(ValueError):
         Sampler(100, 10, seed=0).start(np.array([3, -1]))
+
+
+@pytest.mark.parametrize("unit", [16, 32, 64])
+def test_units_stay_together_and_lengths_agree_on_what_is_seen(unit):
+    lengths = [length for length in (8, 16, 32, 64) if unit % length == 0]
+    samplers = {length: Sampler(1000, length, 5, shuffle_unit=unit) for length in lengths}
+    for sampler in samplers.values():
+        assert sampler.num_sequences * sampler.sequence_length == 999 // unit * unit
+    for units in (1, 3, 999 // unit, 999 // unit + 2):
+        seen = [
+            sorted(start + i for start in sampler.start(np.arange(units * unit // length)) for i in range(length))
+            for length, sampler in samplers.items()
+        ]
+        assert all(places == seen[0] for places in seen)
+
+
+def test_a_unit_of_one_sequence_is_the_plain_order():
+    g = np.arange(500)
+    assert np.array_equal(Sampler(1000, 16, 5, shuffle_unit=16).start(g), Sampler(1000, 16, 5).start(g))
+
+
+def test_units_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="shuffle unit of 40 tokens is no multiple of the sequence length 16"):
+        Sampler(1000, 16, 5, shuffle_unit=40)
+    with pytest.raises(UserError, match="too few for one shuffle unit of 1024"):
+        Sampler(1000, 16, 5, shuffle_unit=1024)
