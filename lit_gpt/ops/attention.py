@@ -1,7 +1,7 @@
 """Causal softmax attention, over all past tokens or over a sliding window, exact and without a [T, T] mask for windows.
 
-flash-attn where it is installed and applies (CUDA, 16-bit); PyTorch's scaled_dot_product_attention everywhere else,
-where a window of W tokens runs as blocks of W queries against the 2W keys that they can see.
+flash-attn where it is installed and applies (CUDA, 16-bit, no documents); PyTorch's scaled_dot_product_attention
+everywhere else, where a window of W tokens runs as blocks of W queries against the 2W keys that they can see.
 """
 
 import importlib.util
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The attention that tensors of this device and dtype get: `flash-attn` or `sdpa`."""
-    installed = importlib.util.find_spec("flash_attn") is not None
-    return "flash-attn" if installed and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) else "sdpa"
+def backend(device: torch.device, dtype: torch.dtype, documents: bool = False) -> str:
+    """The attention that tensors of this device and dtype get: `flash-attn`, or `sdpa`, which documents take always."""
+    if documents or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    return "flash-attn" if importlib.util.find_spec("flash_attn") is not None else "sdpa"
 
 
 def causal_attention(
@@ -34,7 +35,7 @@ def causal_attention(
     """
     T, S = q.shape[1], k.shape[1]
     window = S if window is None else min(window, S)
-    if masks is None and backend(q.device, q.dtype) == "flash-attn":
+    if backend(q.device, q.dtype, documents=masks is not None) == "flash-attn":
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))

@@ -18,7 +18,7 @@ import numpy as np
 from lit_gpt.errors import UserError
 from lit_gpt.tokens.manifest import MANIFEST_NAME, SPLITS, fingerprint_of, read_manifest
 from lit_gpt.tokens.shards import HEADER, Shard
-from lit_gpt.tokens.storage import AnyPath, location, open_file
+from lit_gpt.tokens.storage import AnyPath, LocalFile, RemoteFile, location, open_file
 
 OPEN_FILES = 128
 BOS, EOS = SEPARATORS = (1, 2)  # of the Llama vocabulary: what bare LITPKDS folders pad their last chunk with
@@ -71,7 +71,7 @@ class Corpus:
         tokenizer = self.manifest["tokenizer"] if self.manifest else None
         self.tokenizer_sha256: Optional[str] = tokenizer["sha256"] if tokenizer else None
         self.document_format: Optional[str] = self.manifest["document_format"] if self.manifest else None
-        self._open_file = lru_cache(maxsize=OPEN_FILES)(open_file)
+        self._open_file = lru_cache(maxsize=OPEN_FILES)(_opened)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -147,6 +147,13 @@ class Corpus:
             ):
                 if _sha256(path, skip, on_bytes) != expected:
                     raise UserError(f"{path} differs from what was prepared (SHA-256). Restore it or prepare again.")
+
+
+def _opened(path: AnyPath) -> "LocalFile | RemoteFile":
+    try:
+        return open_file(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror or error}. Restore it and resume.") from error
 
 
 def _sha256(path: AnyPath, skip: int, on_bytes: Optional[Callable[[int], None]]) -> str:

@@ -137,7 +137,10 @@ def _read_array(
     wanted, offset = count * dtype.itemsize, skip + start * dtype.itemsize
     parts = []
     while wanted > 0:
-        part = file.pread(wanted, offset)
+        try:
+            part = file.pread(wanted, offset)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}. Restore it and resume.") from error
         if not part:
             raise UserError(f"{path} became shorter while in use. Restore it and resume.")
         parts.append(part)

@@ -106,7 +106,7 @@ class LocalFile:
             os.close(self.descriptor)
 
     def pread(self, count: int, offset: int) -> bytes:
-        """Up to `count` bytes from `offset`; none at the end of the file."""
+        """Up to `count` bytes from `offset`; none at the end of the file. Raises OSError."""
         return os.pread(self.descriptor, count, offset)
 
 
@@ -118,7 +118,10 @@ class RemoteFile:
 
     def pread(self, count: int, offset: int) -> bytes:
         end = min(offset + count, self.size)
-        return self.path.fs.cat_file(self.path.path, start=offset, end=end) if offset < end else b""
+        try:
+            return self.path.fs.cat_file(self.path.path, start=offset, end=end) if offset < end else b""
+        except Exception as error:  # every backend has exceptions of its own
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def open_file(path: AnyPath) -> "LocalFile | RemoteFile":

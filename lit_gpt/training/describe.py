@@ -37,7 +37,7 @@ def describe(
     blocks, parameters = skeleton.num_parameters(blocks_only=True), skeleton.num_parameters()
     layers = [config.mixer(i) for i in range(config.n_layer)]
     cuda = fabric.device.type == "cuda"
-    kernels = attention.backend(fabric.device, torch.bfloat16 if cuda else torch.float32)
+    kernels = attention.backend(fabric.device, torch.bfloat16 if cuda else torch.float32, args.document_reset)
     device = torch.cuda.get_device_name() if cuda else "CPU"
     split = f"{fabric.world_size} ranks x {plan.accumulation} micro-batches of {plan.micro_batch}"
     states = f"{16 * parameters / 2**30:.2f} GiB"

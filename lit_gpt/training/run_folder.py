@@ -69,7 +69,9 @@ def resumable(checkpoint: Path, identity: dict, allow_data_change: bool) -> tupl
     meta = read_meta(checkpoint)
     then, now = _flat({key: meta.get(key) for key in identity}), _flat(identity)
     changed = [key for key in sorted({**then, **now}) if then.get(key) != now.get(key)]
-    told = [f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in changed]
+    told = [
+        f"{key[:32]} ({then.get(key)} then, {now.get(key)} now)" for key in changed
+    ]  # not the whole hash of a corpus
     only_data = all(key.startswith(DATA_CHANGES) or key == "sequences_per_batch" for key in changed)
     if changed and not (only_data and allow_data_change):
         choice = "--allow_data_change, to go on with the new ones," if only_data else "the same,"

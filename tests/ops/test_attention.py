@@ -85,6 +85,7 @@ def test_backend_is_named(monkeypatch):
     assert attention.backend(torch.device("cuda"), torch.bfloat16) == ("flash-attn" if installed else "sdpa")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert attention.backend(torch.device("cuda"), torch.float16) == "flash-attn"
+    assert attention.backend(torch.device("cuda"), torch.float16, documents=True) == "sdpa"
 
 
 @pytest.mark.gpu

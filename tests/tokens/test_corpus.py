@@ -147,6 +147,14 @@ def test_a_file_cut_while_in_use_is_noticed(official):
         corpus.read(0, 500)
 
 
+def test_a_file_that_vanishes_while_in_use_is_named(official):
+    folder, _ = official
+    corpus = Corpus.open(folder, "train")
+    (folder / "train_slim_0000000000.bin").unlink()
+    with pytest.raises(UserError, match=r"train_slim_0000000000\.bin cannot be opened: No such file"):
+        corpus.read(0, 500)
+
+
 def test_folders_without_data_are_refused(tmp_path, official):
     with pytest.raises(UserError, match="does not exist"):
         Corpus.open(tmp_path / "nowhere", "train")

@@ -382,6 +382,13 @@ def test_a_prepared_corpus_behind_a_url(tiny_corpus, tmp_path):
     fs.rm("/prepared", recursive=True)
 
 
+def test_a_request_that_fails_names_the_file(in_memory, monkeypatch):
+    data = TrainData(f"{in_memory}/a", LENGTH, seed=7)
+    monkeypatch.setattr(data.corpus.folder.fs, "cat_file", lambda *args, **options: 1 / 0)
+    with pytest.raises(UserError, match=r"memory://.*train_\d\.(bin|idx) cannot be read: ZeroDivisionError"):
+        data.batch(0, 8)
+
+
 def test_urls_that_lead_nowhere_end_in_one_line():
     with pytest.raises(UserError, match="does not exist"):
         Corpus.open("memory://nothing/here", "train")
