@@ -95,7 +95,7 @@ def open_validation(
             validation_fraction=_held_out(args),
             document_reset=args.document_reset,
         )
-    if not train.corpus.folder.glob("validation*.bin"):
+    if not any(train.corpus.folder.glob("validation*.bin")):
         return None
     return ValidationData(train.corpus.folder, block_length, args.document_reset)
 

@@ -1,11 +1,20 @@
 import json
+import shutil
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from data import TrainData, ValidationData, check_same_tokenizer, check_vocabulary
+from data import (
+    DataArgs,
+    TrainData,
+    ValidationData,
+    check_same_tokenizer,
+    check_vocabulary,
+    open_train,
+    open_validation,
+)
 from lit_gpt.errors import UserError
 from lit_gpt.tokens.corpus import Corpus
 from lit_gpt.tokens.prefetch import PREFETCHED
@@ -39,7 +48,9 @@ def step_of(train, consumed, global_batch, micro_batch, world_size, prefetch, st
         train.micro_batches(consumed, global_batch, micro_batch, rank, world_size, prefetch, pin_memory=False)
         for rank in range(world_size)
     ]
-    batches = [torch.cat([torch.cat([next(rank).tokens for rank in ranks]) for _ in range(micro_steps)]) for _ in range(steps)]
+    batches = [
+        torch.cat([torch.cat([next(rank).tokens for rank in ranks]) for _ in range(micro_steps)]) for _ in range(steps)
+    ]
     for rank in ranks:
         rank.close()
     return torch.stack(batches)
@@ -156,6 +167,22 @@ def test_too_little_data_is_refused_with_the_number_of_tokens(folder):
         ValidationData(folder, 100)
     TrainData(folder, 999, seed=0)
     ValidationData(folder, 99)
+
+
+def test_the_door_opens_what_the_flags_name(folder, tmp_path):
+    args = DataArgs(train_data_dir=str(folder), document_reset=False)
+    train = open_train(args, LENGTH, seed=7)
+    assert torch.equal(train.batch(3, 5).tokens, TrainData(folder, LENGTH, seed=7).batch(3, 5).tokens)
+    assert train.batch(0, 1).cu_seqlens is None
+    validation = open_validation(args, 33, train)
+    assert validation.num_blocks == 3 and validation.batch(0).cu_seqlens is None
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("validation*"))
+    bare = DataArgs(train_data_dir=str(tmp_path / "bare"))
+    assert open_validation(bare, 33, open_train(bare, LENGTH, seed=7)) is None
+    elsewhere = DataArgs(train_data_dir=str(tmp_path / "bare"), val_data_dir=str(folder))
+    assert open_validation(elsewhere, 33, open_train(elsewhere, LENGTH, seed=7)).batch(2).cu_seqlens is not None
+    with pytest.raises(UserError, match="no training data: give --train_data_dir"):
+        open_train(DataArgs(), LENGTH, seed=7)
 
 
 def test_ids_beyond_the_model_are_refused(folder):
