@@ -108,7 +108,13 @@ class RawCorpus:
         return self.split is None or is_validation(content, self.validation_fraction) == (self.split == "validation")
 
     def _tokens(self, text: str) -> np.ndarray:
-        return np.array(self._before + self.tokenizer.encode(text) + self._after, dtype=np.int32)
+        ids = self.tokenizer.encode(text)
+        if self.tokenizer.bos_id in ids or self.tokenizer.eos_id in ids:
+            raise UserError(
+                f"tokenizer {self.tokenizer.name} turns text in {self.folder} into its own begin or end token, which "
+                "would cut a document in two. Use one that keeps text as text."
+            )
+        return np.array(self._before + ids + self._after, dtype=np.int32)
 
     @cached_property
     def estimated_tokens(self) -> int:

@@ -468,6 +468,13 @@ def test_a_source_without_documents_ends_instead_of_turning_for_ever(tmp_path, t
         next(source.micro_batches(0, 1, 1, 0, 1, prefetch=False, pin_memory=False))
 
 
+def test_a_tokenizer_that_makes_document_ends_of_text_is_refused(folders, tokenizer, monkeypatch):
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: encode(text) + [tokenizer.eos_id] * ("</s>" in text))
+    with pytest.raises(UserError, match="turns text in .* into its own begin or end token"):
+        steps_of([RawTrainData(folders["parquet"], tokenizer, L, seed=0)], 0, 30, G)
+
+
 def test_a_tiny_source_repeats(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + "\n" * 2000)  # a second range without documents
     document = [tokenizer.bos_id, *tokenizer.encode("one"), tokenizer.eos_id]
