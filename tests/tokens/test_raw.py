@@ -471,7 +471,7 @@ def test_a_source_without_documents_ends_instead_of_turning_for_ever(tmp_path, t
 def test_a_tokenizer_that_makes_document_ends_of_text_is_refused(folders, tokenizer, monkeypatch):
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: encode(text) + [tokenizer.eos_id] * ("</s>" in text))
-    with pytest.raises(UserError, match="turns text in .* into its own begin or end token"):
+    with pytest.raises(UserError, match=r"turns text in .* into its own begin or end token"):
         steps_of([RawTrainData(folders["parquet"], tokenizer, L, seed=0)], 0, 30, G)
 
 
