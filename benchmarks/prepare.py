@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -41,12 +42,17 @@ def text_of(folder: Path, characters: int) -> list[str]:
     return found
 
 
-def prepare(*flags: str) -> float:
-    """Seconds that the program takes."""
-    began = time.perf_counter()
+def prepare(*flags: str) -> tuple[float, float]:
+    """Seconds that the program takes: (on the clock, of all cores together)."""
+    began, cores_began = time.perf_counter(), core_seconds()
     command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, core_seconds() - cores_began
+
+
+def core_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -65,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trained, out = Path(scratch) / "trained", args.keep or Path(scratch) / "out"
         first = ("--source", library, "--exclude", "site-packages", "--out", str(trained))
-        seconds = prepare(*first, "--train_tokenizer", str(args.vocab_size), *common)
+        seconds, _ = prepare(*first, "--train_tokenizer", str(args.vocab_size), *common)
         print(f"standard library, a tokenizer of {args.vocab_size} ids trained first: {seconds:.1f} s")
 
         tokenizer = Tokenizer(trained / "tokenizer")
@@ -76,15 +82,17 @@ def main() -> None:
         print(f"the tokenizer alone, one thread: {alone / 1e6:.2f} M tokens/s")
 
         out = args.keep or Path(scratch) / "out"
-        seconds = prepare("--source", packages, "--tokenizer", str(trained / "tokenizer"), "--out", str(out), *common)
+        seconds, cores = prepare(
+            "--source", packages, "--tokenizer", str(trained / "tokenizer"), "--out", str(out), *common
+        )
         totals = json.loads((out / "manifest.json").read_text())["totals"]
         tokens = totals["train"]["tokens"] + totals["validation"]["tokens"]
         characters = totals["train"]["characters"] + totals["validation"]["characters"]
         print(
             f"{totals['files']:,} files, {characters / 1e6:.0f} M characters, {tokens / 1e6:.1f} M tokens in "
-            f"{seconds:.1f} s with {args.workers} workers: {tokens / seconds / 1e6:.2f} M tokens/s, "
-            f"{1e11 / tokens * seconds * args.workers / 3600:.0f} core-hours for 100 billion tokens"
+            f"{seconds:.1f} s with {args.workers} workers: {tokens / seconds / 1e6:.2f} M tokens/s"
         )
+        print(f"{cores:.1f} core-seconds, {1e11 / tokens * cores / 3600:.1f} core-hours for 100 billion tokens")
         began = time.perf_counter()
         subprocess.run(
             [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "verify", str(out)],
