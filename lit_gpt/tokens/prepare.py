@@ -166,8 +166,7 @@ def begin(job: Job, plan: dict[str, Any]) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file system without locks
                 raise
-        for leftover in (*job.out.rglob("*.tmp"), *(job.out / DOWNLOADS).rglob("*.incomplete")):
-            leftover.unlink()
+        _clear_leftovers(job.out)
         if job.has_tokenizer():
             _check_same_plan(job.out, read_json(job.out / PREPARE_NAME), plan)  # again, now that nobody else writes
         else:
@@ -175,6 +174,11 @@ def begin(job: Job, plan: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         os.close(claim)
+
+
+def _clear_leftovers(out: Path) -> None:
+    for leftover in (*out.rglob("*.tmp"), *(out / DOWNLOADS).rglob("*.incomplete")):
+        leftover.unlink(missing_ok=True)
 
 
 def make_tokenizer(job: Job, units: list[Unit], tokenizer: "Tokenizer | int") -> Tokenizer:
@@ -285,6 +289,8 @@ def _start_worker(tokenizer_folder: Path, counters: Any, stopping: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Tokenizer(tokenizer_folder), counters, stopping
 
@@ -429,6 +435,7 @@ def finish(job: Job, units: list[Unit], tokenizer: Tokenizer) -> dict[str, Any]:
             f"{totals['empty']} empty, {totals['not_text']} not UTF-8 text. Use more data or a smaller hold-out."
         )
     shutil.rmtree(job.out / DOWNLOADS, ignore_errors=True)
+    _clear_leftovers(job.out)  # of workers that began as their parent was killed
     return write_manifest(
         job.out,
         {
