@@ -53,6 +53,8 @@ class DataArgs:
     """The same for validation. Left out: raw_validation_fraction of the documents of train_data_dir_raw."""
     raw_validation_fraction: float = 0.005
     """Share of raw documents, chosen by their content, that is held out where no validation data is given; 0: none."""
+    text_column: str = "text"
+    """Column of raw .parquet files, or field of .jsonl records, that holds the text."""
     use_stream_tok: bool = False
     """Train on train_data_dir_raw even where train_data_dir is given too."""
     tokenizer_path: Optional[Path] = None
@@ -69,6 +71,7 @@ def open_train(args: DataArgs, sequence_length: int, seed: int) -> "TrainData | 
             _tokenizer(args),
             sequence_length,
             seed,
+            text_column=args.text_column,
             validation_fraction=_held_out(args),
             document_reset=args.document_reset,
         )
@@ -81,18 +84,16 @@ def open_validation(
     """The validation data that the flags ask for; None where they name none and the training data has none."""
     if args.val_data_dir is not None:
         return ValidationData(args.val_data_dir, block_length, args.document_reset)
-    if args.val_data_dir_raw is not None:
-        return RawValidationData(
-            args.val_data_dir_raw, _tokenizer(args), block_length, document_reset=args.document_reset
-        )
-    if _is_raw(args):
-        if not args.raw_validation_fraction:
+    if args.val_data_dir_raw is not None or _is_raw(args):
+        own = args.val_data_dir_raw is None  # a share of the training folder's documents
+        if own and not args.raw_validation_fraction:
             return None
         return RawValidationData(
-            args.train_data_dir_raw,
+            args.train_data_dir_raw if own else args.val_data_dir_raw,
             _tokenizer(args),
             block_length,
-            validation_fraction=_held_out(args),
+            text_column=args.text_column,
+            validation_fraction=_held_out(args) if own else None,
             document_reset=args.document_reset,
         )
     if not any(train.corpus.folder.glob("validation*.bin")):

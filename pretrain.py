@@ -50,6 +50,10 @@ from lit_gpt.training.records import Records, peak_flops
 from lit_gpt.training.run_folder import checkpoint_to_resume, open_run_folder, resumable
 from lit_gpt.training.schedule import learning_rate_at, recipe_flags
 
+POSITIVE = ("sequences_per_batch", "sequence_length", "total_tokens", "nnodes", "num_extrapol", "keep_checkpoints")
+POSITIVE += ("log_step_interval", "eval_step_interval", "save_step_interval")
+NOT_NEGATIVE = ("micro_batch_size", "train_num_workers", "eval_iters", "learning_rate", "weight_decay", "grad_clip")
+
 
 @dataclass
 class Run:
@@ -89,6 +93,12 @@ def setup(argv: Optional[list[str]] = None) -> None:
     for name in ("sequences_per_batch", "sequence_length", "total_tokens"):
         if not getattr(args, name):
             raise UserError(f"train_config {args.train_config!r} says no {name}; add it there or as --{name}.")
+    for name in POSITIVE:
+        if not getattr(args, name) >= 1:
+            raise UserError(f"--{name} should be at least 1, not {getattr(args, name)}.")
+    for name in NOT_NEGATIVE:
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} should be at least 0, not {getattr(args, name)}.")
     if args.wandb_project and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb_project needs the package wandb: pip install wandb, or leave the flag out.")
     config = ModelConfig.from_name(args.model_name)

@@ -188,7 +188,8 @@ class _HuggingFace:
         return next((i for i in ids if i is not None), None)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.model.encode_batch(texts, add_special_tokens=False)]
+        # One by one: the library's encode_batch starts a thread per core, in each of prepare_data's process per core.
+        return [self.model.encode(text, add_special_tokens=False).ids for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=True)

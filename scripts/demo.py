@@ -5,7 +5,6 @@ machine. Every step is a command that you can type yourself, and is printed befo
 is not done twice.
 """
 
-import json
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ from rich.console import Console
 from data import ValidationData
 from lit_gpt.tokens.corpus import Corpus
 from lit_gpt.tokens.ngrams import ngram_losses
+from lit_gpt.training.records import read_metrics
 
 MODEL, RECIPE, VOCABULARY = "swa_gdn2_3M", "demo", 1024
 PROMPTS = ["def read_file(path", "class Connection("]
@@ -66,7 +66,7 @@ def main() -> None:
 def report(corpus: Path, run_folder: Path, seconds: float) -> None:
     """The model's validation loss beside what counting gives on the same tokens, and where everything lies."""
     console.rule("[bold]5. what it learned")
-    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(run_folder / "metrics.jsonl")
     evaluation = next(r for r in reversed(records) if "blocks" in r)
     losses = {int(k.split("@")[1]): v for k, v in evaluation.items() if k.startswith("val_loss@")}
     length = max(losses)

@@ -17,10 +17,10 @@ from typing import Any, Optional
 import numpy as np
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import write_atomically
+from lit_gpt.files import write_atomically, write_json
 from lit_gpt.tokenizer import Tokenizer
 from lit_gpt.tokens.corpus import BOS, EOS, PREPARE_NAME, Corpus
-from lit_gpt.tokens.manifest import MANIFEST_NAME, SPLITS, read_json, write_json, write_manifest
+from lit_gpt.tokens.manifest import MANIFEST_NAME, SPLITS, read_json, write_manifest
 from lit_gpt.tokens.shards import Shard, ShardWriter, dtype_for
 from lit_gpt.tokens.storage import open_file
 

@@ -5,6 +5,8 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
+from lit_gpt.errors import UserError
+
 
 class Batch(NamedTuple):
     """`tokens` int64 [micro_batch, L+1]: the inputs are [:, :-1], the targets [:, 1:].
@@ -18,6 +20,15 @@ class Batch(NamedTuple):
 
     def pin_memory(self) -> "Batch":
         return Batch(self.tokens.pin_memory(), None if self.cu_seqlens is None else self.cu_seqlens.pin_memory())
+
+
+def check_split(global_batch: int, micro_batch: int, world_size: int) -> None:
+    """Raise UserError unless a global batch is a whole number of micro-batches on every rank."""
+    if global_batch < 1 or global_batch % (world_size * micro_batch):
+        raise UserError(
+            f"global batch of {global_batch} sequences does not split into {world_size} ranks x micro-batch "
+            f"{micro_batch}. Use a micro-batch that divides {global_batch / world_size:g}."
+        )
 
 
 def segment_offsets(starts: list[np.ndarray], length: int) -> torch.Tensor:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import write_atomically
+from lit_gpt.files import write_atomically, write_json
 from lit_gpt.tokens.corpus import BOS, EOS, Corpus
-from lit_gpt.tokens.manifest import read_json, write_json
+from lit_gpt.tokens.manifest import read_json
 from lit_gpt.tokens.shards import CODES, HEADER, MAGIC, VERSION
 
 EXPORT_NAME = "export.json"

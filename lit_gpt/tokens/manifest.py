@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import write_atomically
+from lit_gpt.files import write_json
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -35,11 +35,6 @@ def canonical_json(content: Any) -> bytes:
 def fingerprint_of(content: Any) -> str:
     """Hex SHA-256 of the canonical JSON of `content`."""
     return hashlib.sha256(canonical_json(content)).hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` atomically, for people to read."""
-    write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

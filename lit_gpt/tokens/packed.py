@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lit_gpt.errors import UserError
-from lit_gpt.tokens.batch import Batch, segment_offsets
+from lit_gpt.tokens.batch import Batch, check_split, segment_offsets
 from lit_gpt.tokens.corpus import Corpus
 from lit_gpt.tokens.mixture import Mixture, slot_counts
 from lit_gpt.tokens.prefetch import prefetched
@@ -167,11 +167,7 @@ class TrainData:
         Raises:
             UserError: the global batch does not split into ranks and micro-batches.
         """
-        if global_batch < 1 or global_batch % (world_size * micro_batch):
-            raise UserError(
-                f"global batch of {global_batch} sequences does not split into {world_size} ranks x micro-batch "
-                f"{micro_batch}. Use a micro-batch that divides {global_batch / world_size:g}."
-            )
+        check_split(global_batch, micro_batch, world_size)
 
         def in_order() -> Iterator[Batch]:
             # A step is a whole number of rounds over the ranks, so steps follow each other without a seam.

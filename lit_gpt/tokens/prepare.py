@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 from lit_gpt.errors import UserError
+from lit_gpt.files import write_json
 from lit_gpt.tokenizer import Tokenizer, train_tokenizer
 from lit_gpt.tokens.corpus import PREPARE_NAME, Corpus
 from lit_gpt.tokens.hub import DOWNLOADS, HubUnits, Listing, resolve
-from lit_gpt.tokens.manifest import SPLITS, read_json, read_manifest, write_json, write_manifest
+from lit_gpt.tokens.manifest import SPLITS, read_json, read_manifest, write_manifest
 from lit_gpt.tokens.shards import Shard, ShardWriter, dtype_for
 from lit_gpt.tokens.sources import Unit, documents, sample_texts
 
@@ -288,7 +289,6 @@ _worker: Any = None  # of a worker process: its tokenizer, the run's counters an
 def _start_worker(tokenizer_folder: Path, counters: Any, stopping: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     if not multiprocessing.parent_process().is_alive():
         os._exit(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -24,7 +24,7 @@ import torch.distributed
 
 from lit_gpt.errors import UserError
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.tokens.batch import Batch, segment_offsets
+from lit_gpt.tokens.batch import Batch, check_split, segment_offsets
 from lit_gpt.tokens.prefetch import prefetched
 from lit_gpt.tokens.prepare import VALIDATION_RULE, check_document_format, is_validation
 from lit_gpt.tokens.raw_source import SLICES, RawSource, Unit
@@ -302,11 +302,7 @@ class RawTrainData:
             UserError: the global batch does not split into lanes, ranks and micro-batches, or `consumed` is not where
                 the loaded state was taken.
         """
-        if global_batch < 1 or global_batch % (world_size * micro_batch):
-            raise UserError(
-                f"global batch of {global_batch} sequences does not split into {world_size} ranks x micro-batch "
-                f"{micro_batch}. Use a micro-batch that divides {global_batch / world_size:g}."
-            )
+        check_split(global_batch, micro_batch, world_size)
         self.lanes = self._fitting_lanes(global_batch, world_size)
         start = self._positions_at(consumed)
         mine = range(rank, self.lanes, world_size)

@@ -24,7 +24,7 @@ import zstandard
 
 from lit_gpt.errors import UserError
 from lit_gpt.tokens.manifest import fingerprint_of
-from lit_gpt.tokens.sources import RECORD_SUFFIXES, _decoded, _open_parquet, _scalar_text, _text_of
+from lit_gpt.tokens.sources import RECORD_SUFFIXES, decoded, open_parquet, scalar_text, text_of
 
 EXTENSIONS = (".py", ".txt", ".rst", ".md", *RECORD_SUFFIXES)
 RANGE_BYTES = 1 << 20  # of a .jsonl file that make a unit
@@ -119,7 +119,7 @@ class RawSource:
                 yield from self._lines(path, unit, first)
             elif first == 0:
                 content = path.read_bytes()
-                yield Record(0, _decoded(content), len(content))
+                yield Record(0, decoded(content), len(content))
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -147,7 +147,7 @@ class RawSource:
             start = 0
             for batch in file.iter_batches(size, row_groups=[row_group], columns=[self.text_column], use_threads=False):
                 if start + len(batch) > first:
-                    return [_scalar_text(value) for value in batch.column(0)[first - start :]]
+                    return [scalar_text(value) for value in batch.column(0)[first - start :]]
                 start += len(batch)
         raise UserError(f"{path} is damaged: row group {row_group} ends at row {start}. Fetch it again.")
 
@@ -160,9 +160,9 @@ class RawSource:
             place = f"{path} line {number + 1}"
             if not compressed and unit.part:
                 place += f" after byte {unit.part * RANGE_BYTES:,}"
-            text = _decoded(line)
+            text = decoded(line)
             if text is not None:
-                text = _text_of(text, self.text_column, place) if text.strip() else ""
+                text = text_of(text, self.text_column, place) if text.strip() else ""
             yield Record(number, text, size)
 
 
@@ -183,7 +183,7 @@ def _inspect(folder: Path, name: str, text_column: str) -> tuple[str, list[Unit]
         return identity, [Unit(name, i, min(RANGE_BYTES, size - start)) for i, start in enumerate(starts)]
     if not name.endswith(".parquet"):
         return identity, [Unit(name, 0, size)]
-    with _open_parquet(path, text_column) as file:
+    with open_parquet(path, text_column) as file:
         columns = [file.schema.column(i).path for i in range(len(file.schema))]
         column = columns.index(text_column)
         groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))

@@ -138,7 +138,7 @@ def documents(unit: Unit, text_column: str) -> Iterator[tuple[Optional[str], int
                 yield from _jsonl_documents(path, text_column, _plain_lines(path))
             else:
                 content = path.read_bytes()
-                yield _decoded(content), len(content)
+                yield decoded(content), len(content)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -168,7 +168,7 @@ def _walk(folder: Path, extensions: tuple[str, ...], exclude: Path, exclude_name
     return sorted(names)
 
 
-def _decoded(content: bytes) -> Optional[str]:
+def decoded(content: bytes) -> Optional[str]:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
@@ -207,14 +207,14 @@ def _jsonl_documents(
     path: Path, text_column: str, lines: Iterator[tuple[bytes, int]]
 ) -> Iterator[tuple[Optional[str], int]]:
     for number, (line, size) in enumerate(lines, start=1):
-        decoded = _decoded(line)
-        if decoded is None:
+        record = decoded(line)
+        if record is None:
             yield None, size
-        elif decoded.strip():
-            yield _text_of(decoded, text_column, f"{path} line {number}"), size
+        elif record.strip():
+            yield text_of(record, text_column, f"{path} line {number}"), size
 
 
-def _text_of(line: str, text_column: str, place: str) -> str:
+def text_of(line: str, text_column: str, place: str) -> str:
     try:
         record: Any = json.loads(line)
     except ValueError as error:
@@ -228,7 +228,7 @@ def _text_of(line: str, text_column: str, place: str) -> str:
     return text or ""
 
 
-def _open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
+def open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -245,7 +245,7 @@ def _open_parquet(path: Path, text_column: str) -> pyarrow.parquet.ParquetFile:
 
 def _row_group_ranges(path: Path, text_column: str, unit_bytes: int) -> Iterator[tuple[int, tuple[int, int]]]:
     """(bytes of text, half-open range of row groups), each of at least `unit_bytes` but for the last."""
-    with _open_parquet(path, text_column) as file:
+    with open_parquet(path, text_column) as file:
         paths = [file.schema.column(i).path for i in range(len(file.schema))]
         column, groups = paths.index(text_column), [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         sizes = [group.column(column).total_uncompressed_size for group in groups]
@@ -258,18 +258,18 @@ def _row_group_ranges(path: Path, text_column: str, unit_bytes: int) -> Iterator
 
 
 def _parquet_documents(path: Path, text_column: str, unit: Unit) -> Iterator[tuple[Optional[str], int]]:
-    with _open_parquet(path, text_column) as file:
+    with open_parquet(path, text_column) as file:
         groups = range(*unit.row_groups)
         rows = sum(file.metadata.row_group(i).num_rows for i in groups)
         try:
             for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[text_column]):
                 for value in batch.column(0):
-                    yield _scalar_text(value), unit.bytes // max(rows, 1)
+                    yield scalar_text(value), unit.bytes // max(rows, 1)
         except pyarrow.ArrowException as error:
             raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}). Fetch it again.") from error
 
 
-def _scalar_text(value: pyarrow.Scalar) -> Optional[str]:
+def scalar_text(value: pyarrow.Scalar) -> Optional[str]:
     if not value.is_valid:
         return ""
-    return _decoded(value.as_buffer().to_pybytes())
+    return decoded(value.as_buffer().to_pybytes())

@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
@@ -95,7 +96,7 @@ class Records:
         text = f"step {record['step']:>7,} / {self.total_steps:,}  tokens {record['tokens']:>13,}  loss {loss}  "
         text += f"lr {record['lr']:.2e}  grad norm {record['grad_norm']:.3f}  {speed} tokens/s"
         text += f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        self._write(record, f"{text}  left {duration(record['seconds_left'])}")
+        self._write(record, f"{text}  left {timedelta(seconds=round(record['seconds_left']))}")
 
     def validation(self, record: dict) -> None:
         """Losses by length: val_loss@4096 and so on."""
@@ -141,11 +142,3 @@ class Records:
         self.console.print(text)
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2d 1:02:03."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{h}:{m:02d}:{s:02d}"

@@ -167,57 +167,15 @@ class _ChunkGDN2(torch.autograd.Function):
         )  # fmt: skip
         if train:
             ctx.options = options
-            ctx.save_for_backward(
-                q,
-                k,
-                v,
-                g,
-                b,
-                w,
-                A_log,
-                dt_bias,
-                initial_state,
-                o,
-                Qg,
-                Eg,
-                Kt,
-                A,
-                Aqk,
-                decay,
-                exponents,
-                totals,
-                row_scales,
-                S,
-                R,
-            )
+            scores = (Qg, Eg, Kt, A, Aqk, decay, exponents, totals, row_scales)
+            ctx.save_for_backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, *scores, S, R)
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal_state):
-        (
-            q,
-            k,
-            v,
-            g,
-            b,
-            w,
-            A_log,
-            dt_bias,
-            initial_state,
-            o,
-            Qg,
-            Eg,
-            Kt,
-            A,
-            Aqk,
-            decay,
-            exponents,
-            totals,
-            row_scales,
-            S,
-            R,
-        ) = ctx.saved_tensors
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, o, *scores, S, R = ctx.saved_tensors
+        Qg, Eg, Kt, A, Aqk, decay, exponents, totals, row_scales = scores
         options = ctx.options
         at = options.chunks
         const = options.constants(q, v)
