@@ -43,7 +43,7 @@ from lit_gpt.model import GPT
 from lit_gpt.tokens.batch import Batch
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint import Checkpoints
-from lit_gpt.training.describe import describe, describe_sources, resolved
+from lit_gpt.training.describe import describe, resolved
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
 from lit_gpt.training.records import Records, peak_flops
@@ -157,7 +157,7 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
     )
     if changes:
         console.print(f"from step {step} on with another", "\n    ".join(["", *changes]))
-        console.print("\n".join(describe_sources(train, run.sequences_after(plan.total_steps))))
+        console.print("\n".join(train.describe(run.sequences_after(plan.total_steps))))
 
     fabric.seed_everything(args.seed, verbose=False)
     model = GPT(config).to(fabric.device)  # drawn on the CPU, so that a seed means the same weights everywhere

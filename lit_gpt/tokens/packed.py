@@ -24,6 +24,7 @@ from lit_gpt.tokens.sampler import ORDER_VERSION, Sampler
 from lit_gpt.tokens.storage import RemotePath, location
 
 ROWS_PLANNED = 1024  # places computed at once: one by one they would cost more than reading
+MANY_EPOCHS = 4  # up to there repeated data is nearly as good as new (arXiv 2305.16264)
 REMOTE_READS = 16  # rows fetched at once where each is a request over a network
 
 
@@ -143,6 +144,16 @@ class TrainData:
     def epochs(self, consumed: int) -> float:
         """Passes over the data that `consumed` sequences make; of several corpora, over the one most often repeated."""
         return max(epochs for _, _, epochs in self.corpus_epochs(consumed))
+
+    def describe(self, consumed: int) -> list[str]:
+        """A line for each corpus: its size, its share, and how often `consumed` sequences go through it."""
+        lines = []
+        for corpus, share, epochs in self.corpus_epochs(consumed):
+            part = f"{share:.2%} from {corpus.folder}: " if len(self.corpora) > 1 else ""
+            lines.append(f"{part}{corpus.num_tokens:,} tokens, of which the run sees {epochs:.2f} epochs")
+            if epochs > MANY_EPOCHS:
+                lines[-1] += f" (more than {MANY_EPOCHS}: repeats this often teach less)"
+        return lines
 
     def batch(self, first: int, count: int) -> Batch:
         """Sequences first, ..., first + count - 1 of the run, of its present phase."""

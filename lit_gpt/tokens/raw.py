@@ -250,6 +250,11 @@ class RawTrainData:
         """About how many passes over the data `consumed` sequences make; how many tokens a pass has is estimated."""
         return consumed * self.sequence_length / self.corpus.estimated_tokens
 
+    def describe(self, consumed: int) -> list[str]:
+        """About how much there is, and how often `consumed` sequences go through it."""
+        size, epochs = f"about {self.corpus.estimated_tokens:,} tokens", self.epochs(consumed)
+        return [f"raw text in {self.corpus.folder}: {size}, of which the run sees {epochs:.2f} epochs"]
+
     def state(self, consumed: int) -> dict[str, Any]:
         """Where all lanes are after `consumed` sequences: plain JSON values, the same on every rank.
 

@@ -19,8 +19,6 @@ from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.optimizer import describe_groups, parameter_groups
 from lit_gpt.training.plan import Plan
 
-MANY_EPOCHS = 4  # up to there repeated data is nearly as good as new (arXiv 2305.16264)
-
 
 def describe(
     console: Console,
@@ -51,7 +49,7 @@ def describe(
         "kernels": f"GDN-2: {'fused Triton' if cuda else 'chunkwise PyTorch'}; attention: {kernels}",
         "global batch": f"{args.sequences_per_batch} x {args.sequence_length} = {plan.batch_tokens:,} tokens: {split}",
         "steps": f"{plan.total_steps:,}, {plan.total_steps * plan.batch_tokens:,} tokens",
-        "training data": "\n".join(describe_sources(train, plan.total_steps * args.sequences_per_batch)),
+        "training data": "\n".join(train.describe(plan.total_steps * args.sequences_per_batch)),
         "documents": "kept apart" if args.document_reset else "not kept apart: a sequence is one text",
         "validation": "none: no validation shards",
     }
@@ -64,22 +62,6 @@ def describe(
     console.print(describe_groups(parameter_groups(skeleton, args.weight_decay)))
     if args.debug or args.dry_run:
         console.print(yaml.safe_dump(resolved(args, config), sort_keys=False), markup=False)
-
-
-def describe_sources(train: "TrainData | RawTrainData", consumed: int) -> list[str]:
-    """A line for each corpus: its size, its share, and how often `consumed` sequences go through it."""
-    if isinstance(train, RawTrainData):
-        tokens, epochs = train.corpus.estimated_tokens, train.epochs(consumed)
-        return [
-            f"raw text in {train.corpus.folder}: about {tokens:,} tokens, of which the run sees {epochs:.2f} epochs"
-        ]
-    lines = []
-    for corpus, share, epochs in train.corpus_epochs(consumed):
-        part = f"{share:.2%} from {corpus.folder}: " if len(train.corpora) > 1 else ""
-        lines.append(f"{part}{corpus.num_tokens:,} tokens, of which the run sees {epochs:.2f} epochs")
-        if epochs > MANY_EPOCHS:
-            lines[-1] += f" (more than {MANY_EPOCHS}: repeats this often teach less)"
-    return lines
 
 
 def resolved(args: PretrainArgs, config: ModelConfig) -> dict:
