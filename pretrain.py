@@ -21,7 +21,6 @@ from typing import Optional
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from lit_gpt.model import GPT
 from lit_gpt.tokens.batch import Batch
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint import Checkpoints
+from lit_gpt.training.cluster import processes
 from lit_gpt.training.describe import describe, resolved
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
@@ -50,9 +50,10 @@ from lit_gpt.training.records import Records, peak_flops
 from lit_gpt.training.run_folder import checkpoint_to_resume, open_run_folder, resumable
 from lit_gpt.training.schedule import learning_rate_at, recipe_flags
 
-POSITIVE = ("sequences_per_batch", "sequence_length", "total_tokens", "nnodes", "num_extrapol", "keep_checkpoints")
+POSITIVE = ("sequences_per_batch", "sequence_length", "total_tokens", "num_extrapol", "keep_checkpoints")
 POSITIVE += ("log_step_interval", "eval_step_interval", "save_step_interval")
 NOT_NEGATIVE = ("micro_batch_size", "train_num_workers", "eval_iters", "learning_rate", "weight_decay", "grad_clip")
+NOT_NEGATIVE += ("nnodes",)
 
 
 @dataclass
@@ -109,14 +110,14 @@ def setup(argv: Optional[list[str]] = None) -> None:
             "--accelerator cuda, but PyTorch sees no GPU here. Use --accelerator cpu, or a machine with one."
         )
     torch.set_float32_matmul_precision("high")
-    devices = _devices(args.devices, cuda)
+    group = processes(args, cuda)
     fabric = Fabric(
         accelerator="cuda" if cuda else "cpu",
-        devices=devices,
-        num_nodes=args.nnodes,
-        strategy="ddp" if devices * args.nnodes > 1 else "auto",
+        devices=group.devices,
+        num_nodes=group.nodes,
+        strategy="ddp" if group.devices * group.nodes > 1 else "auto",
         precision="bf16-mixed" if cuda else "32-true",
-        plugins=[LightningEnvironment()] if args.interactive_job else None,
+        plugins=[group.environment],
     )
     fabric.launch()
     main(fabric, shortened(args, fabric.world_size) if args.debug else args, config)
@@ -312,17 +313,6 @@ def _diverged(run: Run, loss: float) -> str:
         f"the loss is {loss} at step {run.step} (sequences {run.sequences - size} to {run.sequences - 1}). This "
         "step is not saved and older checkpoints are as they were. Lower --learning_rate, or look at that data."
     )
-
-
-def _devices(asked: str, cuda: bool) -> int:
-    """GPUs, or CPU processes, to use on this machine."""
-    if asked == "auto":
-        return torch.cuda.device_count() if cuda else 1
-    if not asked.isdigit() or int(asked) < 1:
-        raise UserError(f"--devices should be a number or auto, not {asked!r}.")
-    if cuda and int(asked) > torch.cuda.device_count():
-        raise UserError(f"--devices {asked}, but this machine has {torch.cuda.device_count()} GPUs.")
-    return int(asked)
 
 
 def _wandb_options(args: PretrainArgs, plan: Plan) -> Optional[dict]:

@@ -45,10 +45,12 @@ class RunArgs:
     """
     dry_run: bool = False
     """Resolve, count and check everything, print it, and stop before anything is written."""
-    nnodes: int = 1
-    """Machines."""
+    nnodes: int = 0
+    """Machines; 0: those on which srun or torchrun started this run, or else this one."""
     devices: str = "auto"
-    """GPUs (or CPU processes) on each machine."""
+    """GPUs (or CPU processes) on each machine; auto: as many as srun or torchrun started there, or else every GPU of
+    this machine (one process without a GPU).
+    """
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """What to train on; auto: the GPU if there is one."""
 
