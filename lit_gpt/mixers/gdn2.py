@@ -13,6 +13,9 @@ from lit_gpt.ops.gdn2 import chunk_gdn2, fused_recurrent_gdn2
 from lit_gpt.ops.rms_norm import RMSNorm
 from lit_gpt.ops.short_conv import short_conv
 
+SHORT = 16
+"""Tokens after a cache that go through the recurrence one by one; more go by chunks of 64."""
+
 
 class ShortConvolution(nn.Module):
     """Taps of a causal depthwise convolution, weight [C, W]."""
@@ -34,10 +37,9 @@ class RecurrentCache:
     def __init__(self, state: Tensor, inputs: Tensor):
         self.state, self.inputs = state, inputs
 
-    def advance(self, inputs: Tensor, state: Tensor) -> None:
-        """Take in the convolution inputs [B, T, C] of the new tokens and the state after them."""
+    def advance(self, inputs: Tensor) -> None:
+        """Take in the convolution inputs [B, T, C] of the new tokens."""
         self.inputs.copy_(torch.cat([self.inputs, inputs.to(self.inputs.dtype)], dim=1)[:, inputs.shape[1] :])
-        self.state.copy_(state)
 
 
 class GatedDeltaNet2(nn.Module):
@@ -84,17 +86,20 @@ class GatedDeltaNet2(nn.Module):
     ) -> Tensor:
         qkv, decay, erase, write, gate = self.in_proj(x).split(self.branches, dim=-1)
         q, k, v = self._convolve(qkv, documents, cache)
-        g, b, w = self._gates(self.decay_up(decay), erase, write)
-        if documents is not None:  # a decay of exp(-inf) = 0 forgets all there was; the operator is exact there
-            g = g.masked_fill(documents.starts[:, :, None, None], -torch.inf)
-        if cache is None:
-            o, _ = chunk_gdn2(q, k, v, g, b, w, use_qk_l2norm_in_kernel=True)
+        decay = self.decay_up(decay)
+        if cache is not None and x.shape[1] <= SHORT:
+            o = self._decode(q, k, v, decay, erase, write, cache.state)
         else:
-            step = fused_recurrent_gdn2 if x.shape[1] == 1 else chunk_gdn2
-            o, state = step(
-                q, k, v, g, b, w, initial_state=cache.state, output_final_state=True, use_qk_l2norm_in_kernel=True
-            )
-            cache.advance(qkv, state)
+            g, b, w = self._gates(decay, erase, write)
+            if documents is not None:  # a decay of exp(-inf) = 0 forgets all there was; the operator is exact there
+                g = g.masked_fill(documents.starts[:, :, None, None], -torch.inf)
+            state = None if cache is None else cache.state
+            goes_on = cache is not None
+            o, state = chunk_gdn2(q, k, v, g, b, w, None, state, goes_on, use_qk_l2norm_in_kernel=True)
+            if goes_on:
+                cache.state.copy_(state)
+        if cache is not None:
+            cache.advance(qkv)
         activation = F.silu if self.config.output_gate == "silu" else torch.sigmoid
         o = self.o_norm(o) * activation(self.gate_up(gate)).view_as(o)
         return self.o_proj(o.flatten(2))
@@ -120,6 +125,23 @@ class GatedDeltaNet2(nn.Module):
         b = torch.sigmoid(erase).unflatten(-1, heads) * c.erase_range
         w = b if c.write == "tied" else torch.sigmoid(write).unflatten(-1, heads)
         return g.expand(*shape, c.head_dim), b.expand(*shape, c.head_dim), w.expand(*shape, c.value_dim)
+
+    def _decode(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, erase: Tensor, write: Tensor, state: Tensor
+    ) -> Tensor:
+        """A few tokens by the recurrence: o [B, T, HV, V]. Makes the gates of the branches; advances state in place."""
+        c, heads = self.config, (self.config.value_heads, -1)
+        shape = (*decay.shape[:2], c.value_heads)
+        tied = c.write == "tied"
+        g, b, w = (x.unflatten(-1, heads) for x in (decay, erase, erase if tied else write))
+        g, b, w = g.expand(*shape, c.head_dim), b.expand(*shape, c.head_dim), w.expand(*shape, c.value_dim)
+        o, _ = fused_recurrent_gdn2(
+            q, k, v, g, b, w,
+            A_log=self.A_log, dt_bias=self.dt_bias.view(heads).expand(c.value_heads, c.head_dim),
+            initial_state=state, inplace_final_state=True, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+            sigmoid_ranges=(c.erase_range, c.erase_range if tied else 1.0),
+        )  # fmt: skip
+        return o
 
     def new_cache(self, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype) -> RecurrentCache:
         """The state before the first token; its size does not depend on max_length."""

@@ -1,6 +1,6 @@
 """What every GDN-2 entry does with its inputs before the recurrence: checks, gate activation, L2 norm, shared heads."""
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from lit_gpt.errors import UserError
 
 
-def check_inputs(q, k, v, g, b, w, initial_state, offsets: Optional[list[int]]) -> None:
-    """Raise UserError with the first thing that does not fit the layout of the operator."""
+def check_inputs(q, k, v, g, b, w, initial_state, offsets: Union[list[int], torch.Tensor, None]) -> None:
+    """Raise UserError with the first thing that does not fit the layout of the operator.
+
+    offsets: those of packed sequences; of a tensor only the shape is checked, as its values may be on a device.
+    """
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("b", b), ("w", w)):
         if x.ndim != 4 or not x.is_floating_point():
             raise UserError(f"{name} must be a floating-point tensor [B, T, H, D], got {x.dtype} {list(x.shape)}.")
@@ -26,7 +29,12 @@ def check_inputs(q, k, v, g, b, w, initial_state, offsets: Optional[list[int]]) 
     if offsets is not None:
         if B != 1:
             raise UserError(f"cu_seqlens needs the sequences packed into batch size 1, got {B}; flatten them first.")
-        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != T or offsets != sorted(offsets):
+        if isinstance(offsets, torch.Tensor):
+            if offsets.ndim != 1 or offsets.is_floating_point() or len(offsets) < 2:
+                raise UserError(f"cu_seqlens must be integers [N+1], got {offsets.dtype} {list(offsets.shape)}.")
+            if offsets.device != q.device:
+                raise UserError(f"cu_seqlens is on {offsets.device} but q is on {q.device}; move them to one device.")
+        elif len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != T or offsets != sorted(offsets):
             raise UserError(f"cu_seqlens must rise from 0 to T = {T}, got {offsets}.")
         sequences = len(offsets) - 1
     if initial_state is not None:

@@ -1,0 +1,35 @@
+"""How tests run Triton kernels: on the GPU if there is one, else under Triton's interpreter.
+
+Triton chooses the interpreter when it is imported, so a test file runs itself once more in a process of its own:
+
+    @pytest.mark.skipif(not AGAIN, reason="the kernels run directly")
+    def test_under_the_interpreter():
+        run_interpreted(__file__)
+
+    @runs_kernels
+    def test_something(): ...
+
+The interpreter computes dots of bf16 wrongly; kernels without dots are right in every dtype.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not GPU
+AGAIN = not (GPU or INTERPRETED)
+DEVICE = "cuda" if GPU else "cpu"
+runs_kernels = pytest.mark.skipif(AGAIN, reason="no GPU; runs inside test_under_the_interpreter")
+
+
+def run_interpreted(path: str, timeout: int = 300) -> None:
+    """Run the tests of a file under the interpreter; fail with their output."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout[-1000:]
