@@ -25,7 +25,8 @@ from lit_gpt.errors import UserError, exit_on_user_error
 from lit_gpt.generation import TextStream, cache_bytes, check_sampling, generate, new_cache
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.training.checkpoint import load_model, newest_checkpoint, read_meta
+from lit_gpt.training.checkpoint import load_model
+from lit_gpt.training.checkpoint_manifest import META, damage, newest_sound, read_meta
 
 
 @dataclass
@@ -155,11 +156,16 @@ def _device(accelerator: str) -> torch.device:
 
 def _find_checkpoint(path: Path) -> Path:
     """The step folder that `path` is, or the newest one of the run folder that it is."""
-    if (path / "meta.json").is_file():
+    if (path / META).is_file():
+        reason = damage(path, parts=("model",))
+        if reason:
+            raise UserError(f"{path} is damaged: {reason}. Take another checkpoint of that run.")
         return path
     if not path.is_dir():
         raise UserError(f"{path} is not a folder. Give a run folder, or one of its checkpoints/step-* folders.")
-    newest = newest_checkpoint(path / "checkpoints")
+    newest, damaged = newest_sound(path / "checkpoints", parts=("model",))
+    for name, reason in damaged.items():
+        print(f"{name} is damaged and left as it is: {reason}.", file=sys.stderr)
     if newest is None:
         raise UserError(f"{path} holds no checkpoint. Give a run folder with one, or a checkpoints/step-* folder.")
     return newest

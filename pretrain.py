@@ -53,6 +53,7 @@ from lit_gpt.training.schedule import learning_rate_at, recipe_flags
 POSITIVE = ("sequences_per_batch", "sequence_length", "total_tokens", "num_extrapol", "keep_checkpoints")
 POSITIVE += ("log_step_interval", "eval_step_interval", "save_step_interval")
 NOT_NEGATIVE = ("micro_batch_size", "train_num_workers", "eval_iters", "learning_rate", "weight_decay", "grad_clip")
+NOT_NEGATIVE += ("milestone_tokens",)
 NOT_NEGATIVE += ("nnodes",)
 
 
@@ -135,7 +136,12 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
 
     architecture = {k: v for k, v in config.to_dict().items() if k != "name"}
     identity = {"model": architecture, "data": train.fingerprint, "sequences_per_batch": args.sequences_per_batch}
-    newest, step, changes = None if args.debug else checkpoint_to_resume(plan.folder), 0, []
+    newest, damaged, step, changes = None, {}, 0, []
+    if not args.debug:
+        with console.status("checking the newest checkpoint"):
+            newest, damaged = checkpoint_to_resume(plan.folder, fabric)
+    for name, reason in damaged.items():
+        console.print(f"{name} is damaged and left as it is: {reason}.")
     if newest:
         meta, changes = resumable(newest, identity, args.allow_data_change)
         step = meta["step"]
@@ -151,11 +157,12 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
         fabric=fabric,
         args=args,
         plan=plan,
-        checkpoints=Checkpoints(plan.folder / "checkpoints", args.keep_checkpoints, fabric),
+        checkpoints=Checkpoints(plan.folder / "checkpoints", args.keep_checkpoints, fabric, args.milestone_tokens),
         records=Records(plan.folder, plan.total_steps, active=fabric.is_global_zero),
         identity=identity,
         step=step,
     )
+    run.checkpoints.go_on_from(run.tokens, damaged)
     if changes:
         console.print(f"from step {step} on with another", "\n    ".join(["", *changes]))
         console.print("\n".join(train.describe(run.sequences_after(plan.total_steps))))
@@ -167,10 +174,12 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
         run.checkpoints.load(newest, model, optimizer)
         done = "this run is finished" if run.step >= plan.total_steps else "resuming"
         console.print(f"{done}: {newest.name}, after {run.tokens:,} tokens.")
-    with run.records.opened(run.step, _wandb_options(args, plan)), torch.autograd.set_detect_anomaly(args.debug):
+    opened = run.records.opened(run.step, _wandb_options(args, plan))
+    with opened, run.checkpoints, torch.autograd.set_detect_anomaly(args.debug):
         fit(run, model, optimizer, train, validation)
         epochs = train.epochs(run.sequences)
         run.records.summarize({**run.position, "epochs": epochs, "parameters": model.num_parameters()})
+        run.checkpoints.require_saved()
     if lock:
         lock.close()
 
@@ -223,8 +232,11 @@ def fit(
             if save:
                 meta = {**run.position, "sequences": run.sequences, "origin": asdict(plan.origin), **run.identity}
                 meta |= {"data_state": train.state(run.sequences), "document_format": train.corpus.document_format}
-                run.records.checkpoint({**run.position, **run.checkpoints.save(model, optimizer, meta)})
+                run.checkpoints.save(model, optimizer, meta)
+        run.records.checkpoints(run.checkpoints.finished())
     batches.close()
+    run.checkpoints.wait()
+    run.records.checkpoints(run.checkpoints.finished())
 
 
 def accumulate(run: Run, model: nn.Module, batches: Iterator[Batch]) -> Tensor:

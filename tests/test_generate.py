@@ -1,5 +1,6 @@
 """The program generate.py on a checkpoint: text, its end, its summary, and one line for whatever is wrong."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from lit_gpt.config import AttentionConfig, GDN2Config, ModelConfig
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer, train_tokenizer
 from lit_gpt.training.checkpoint import Checkpoints
+from lit_gpt.training.checkpoint_manifest import write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "the cat sat on the mat, the café was 5 € away\n"
@@ -27,7 +29,8 @@ def save_run(folder: Path, tokenizer: Tokenizer, model: GPT, **meta) -> Path:
     optimizer = torch.optim.AdamW(model.parameters())
     step = 10 * (1 + len(list(folder.glob("checkpoints/step-*"))))
     meta = {"step": step, "model": identity, **meta}
-    Checkpoints(folder / "checkpoints", 2, Fabric(accelerator="cpu", devices=1)).save(model, optimizer, meta)
+    with Checkpoints(folder / "checkpoints", 2, Fabric(accelerator="cpu", devices=1)) as checkpoints:
+        checkpoints.save(model, optimizer, meta)
     tokenizer.save(folder / "tokenizer")
     return folder
 
@@ -181,12 +184,31 @@ def test_wrong_checkpoints(capsys, trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     step = copy / "checkpoints" / "step-00000020"
     meta = json.loads((step / "meta.json").read_text())
-    (step / "meta.json").write_text(json.dumps({**meta, "format": 99}))
+    change_meta(step, {**meta, "format": 99})
     assert "format 99" in fail(capsys, copy)
-    (step / "meta.json").write_text(json.dumps({**meta, "model": {**meta["model"], "n_embd": 48}}))
+    change_meta(step, {**meta, "model": {**meta["model"], "n_embd": 48}})
     assert "cannot be read" in fail(capsys, copy)
-    (step / "meta.json").write_text("{")
-    assert "not a complete checkpoint" in fail(capsys, copy)
+
+
+def change_meta(step: Path, meta: dict) -> None:
+    """Let a checkpoint say something else of itself, its manifest included."""
+    text = json.dumps(meta).encode()
+    (step / "meta.json").write_bytes(text)
+    files = json.loads((step / "manifest.json").read_text())["files"]
+    write_manifest(step, {**files, "meta.json": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}})
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_refused(capsys, trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    older, newer = (copy / "checkpoints" / f"step-000000{n}" for n in (10, 20))
+    file = newer / "model-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    out, err = run(capsys, copy, "--temperature", "0")
+    assert out == run(capsys, older, "--temperature", "0").out
+    assert "step-00000020 is damaged" in err and "step-00000010:" in err
+    assert "step-00000020 is damaged: model-00000" in fail(capsys, newer)
+    (older / "meta.json").unlink()
+    assert "step-00000010 (meta.json is missing)" in fail(capsys, copy)
 
 
 def test_wrong_tokenizers(capsys, trained, tmp_path, tokenizer):

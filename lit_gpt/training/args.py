@@ -65,6 +65,8 @@ class RecordArgs:
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep."""
+    milestone_tokens: int = 0
+    """Keep for good the first checkpoint at or after each multiple of this many tokens; 0: none."""
     eval_iters: int = 15
     """Validation batches, each of 8 blocks, per evaluation; 0: the whole validation split."""
     num_extrapol: int = 4

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import write_atomically, write_json
+from lit_gpt.files import explain_full_disk, write_atomically, write_json
 from lit_gpt.training.plot import plot_losses
 
 PEAK_FLOPS = {
@@ -56,6 +56,7 @@ class Records:
     def __init__(self, folder: Path, total_steps: int, active: bool):
         self.folder, self.total_steps, self.active = folder, total_steps, active
         self.wandb: Any = None
+        self.pending: list[dict] = []
         self.console = Console(highlight=False, soft_wrap=True)
         columns = (
             TextColumn("{task.description}"),
@@ -80,7 +81,7 @@ class Records:
             import wandb
 
             self.wandb = wandb.init(**wandb_options)
-        with open(path, "a") as self.metrics, self.progress:
+        with open(path, "ab", buffering=0) as self.metrics, self.progress:
             self.progress.update(self.task, completed=step)
             yield
         if self.wandb is not None:
@@ -106,18 +107,30 @@ class Records:
         )
         self.plot()
 
-    def checkpoint(self, record: dict) -> None:
-        self._write(record, f"step {record['step']:>7,}  checkpoint {record['checkpoint']} ({record['seconds']:.1f} s)")
+    def checkpoints(self, ended: list[dict]) -> None:
+        """Saves that ended: each has `checkpoint`, its name, or `error`, why there is none."""
+        for record in ended:
+            begin = f"step {record['step']:>7,}  "
+            if "error" in record:
+                text = f"{begin}CHECKPOINT NOT SAVED: {record['error']}. Training goes on; the next save tries again."
+                self._write(record, text, "bold red")
+            else:
+                text = f"{begin}checkpoint {record['checkpoint']} (written in {record['seconds']:.1f} s"
+                self._write(record, f"{text}, training held up for {record['stall_seconds']:.2f} s)")
 
     def plot(self) -> None:
-        if self.active:
+        if not self.active:
+            return
+        try:
             plot_losses(read_metrics(self.folder / "metrics.jsonl"), self.folder / "loss.png", self.folder.name)
+        except OSError as error:
+            self.console.print(f"loss.png could not be drawn: {error.strerror or error}.", style="bold red")
 
     def summarize(self, facts: dict) -> None:
         """Write summary.json, of what was recorded and the facts given, and the last plot; say where all lies."""
         if not self.active:
             return
-        records = read_metrics(self.folder / "metrics.jsonl")
+        records = read_metrics(self.folder / "metrics.jsonl") + self.pending
         training = [r for r in records if "loss" in r]
         evaluations = [{k: r[k] for k in r if k.startswith("val_loss@")} for r in records if "blocks" in r]
         summary = dict(facts)
@@ -126,19 +139,44 @@ class Records:
             summary["median_tokens_per_second"] = statistics.median(r["tokens_per_second"] for r in training)
         if evaluations:
             summary |= evaluations[-1]
-        write_json(self.folder / "summary.json", summary)
+        failed = [r for r in records if "error" in r]
+        if failed:
+            summary["failed_saves"] = len(failed)
+        with explain_full_disk(self.folder):
+            write_json(self.folder / "summary.json", summary)
         self.plot()
         for name, value in summary.items():
             self.console.print(f"{name:>26}  {value:,.4f}" if isinstance(value, float) else f"{name:>26}  {value}")
         for name in ("config.yaml", "metrics.jsonl", "loss.png", "summary.json", "checkpoints"):
             self.console.print(f"{'written':>26}  {self.folder / name}")
+        for record in failed:
+            text = f"{'not saved':>26}  the checkpoint of step {record['step']:,}: {record['error']}"
+            self.console.print(text, style="bold red")
 
-    def _write(self, record: dict, text: str) -> None:
+    def _write(self, record: dict, text: str, style: Optional[str] = None) -> None:
         if not self.active:
             return
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()
-        os.fsync(self.metrics.fileno())
-        self.console.print(text)
-        if self.wandb is not None:
+        self.console.print(text, style=style)
+        self.pending.append(record)
+        try:
+            self._append()
+        except OSError as error:
+            reason = error.strerror or error
+            self.console.print(
+                f"metrics.jsonl cannot be written: {reason}. Its lines wait in memory.", style="bold red"
+            )
+        if self.wandb is not None and "stall_seconds" not in record:  # a save ends some steps later: out of order there
             self.wandb.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
+
+    def _append(self) -> None:
+        """Add the pending lines to metrics.jsonl, all or, where the disk is full or fails, none of them."""
+        size = os.fstat(self.metrics.fileno()).st_size
+        rest = "".join(json.dumps(record) + "\n" for record in self.pending).encode()
+        try:
+            while rest:
+                rest = rest[self.metrics.write(rest) :]
+            os.fsync(self.metrics.fileno())
+        except OSError:
+            os.ftruncate(self.metrics.fileno(), size)
+            raise
+        self.pending.clear()

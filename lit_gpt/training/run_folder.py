@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import IO, Optional
 
 import yaml
+from lightning.fabric import Fabric
 
 from lit_gpt.errors import UserError
 from lit_gpt.files import write_atomically
 from lit_gpt.tokens.storage import AnyPath, copy_folder
-from lit_gpt.training.checkpoint import newest_checkpoint, read_meta
+from lit_gpt.training.checkpoint_manifest import newest_sound, read_meta
 from lit_gpt.training.records import read_metrics
 
 LOCK = ".lock"
@@ -36,28 +37,37 @@ def open_run_folder(folder: Path, resolved: dict, tokenizer: AnyPath, fresh: boo
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"another process is training in {folder}. Wait for it, or use another --exp_name.") from error
-    for item in folder.iterdir() if fresh else ():
-        if item.name != LOCK:
+    for item in folder.iterdir():
+        if (fresh and item.name != LOCK) or item.suffix == ".tmp":  # the latter left by a kill
             shutil.rmtree(item) if item.is_dir() else item.unlink()
     write_atomically(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
     copy_folder(tokenizer, folder / "tokenizer")
     return lock
 
 
-def checkpoint_to_resume(folder: Path) -> Optional[Path]:
-    """The newest complete checkpoint of a run, None if it has not saved any yet.
+def checkpoint_to_resume(folder: Path, fabric: Fabric) -> tuple[Optional[Path], dict[str, str]]:
+    """The newest sound checkpoint of a run, None if it has not saved any yet, and what is wrong with newer ones, by
+    their names. The first rank looks and tells the others.
 
     Raises:
-        UserError: it has, and they are gone; such a run is not started over.
+        UserError: all are damaged, or they are gone; such a run is not started over.
     """
-    newest = newest_checkpoint(folder / "checkpoints")
-    saved = [r["checkpoint"] for r in read_metrics(folder / "metrics.jsonl") if "checkpoint" in r]
-    if newest is None and saved:
-        raise UserError(
-            f"{folder} has trained up to {saved[-1]}, but its checkpoints are gone. "
-            "Put them back, or start over with another --exp_name."
-        )
-    return newest
+    answer = None
+    if fabric.is_global_zero:
+        try:
+            answer = newest_sound(folder / "checkpoints")
+            saved = [r["checkpoint"] for r in read_metrics(folder / "metrics.jsonl") if "checkpoint" in r]
+            if answer[0] is None and saved:
+                raise UserError(
+                    f"{folder} has trained up to {saved[-1]}, but its checkpoints are gone. "
+                    "Put them back, or start over with another --exp_name."
+                )
+        except UserError as error:
+            answer = error
+    answer = fabric.broadcast(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def resumable(checkpoint: Path, identity: dict, allow_data_change: bool) -> tuple[dict, list[str]]:

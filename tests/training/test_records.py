@@ -1,6 +1,7 @@
 """metrics.jsonl survives kills and resumes; pictures and summaries are made from it."""
 
 import json
+import resource
 
 import pytest
 
@@ -45,11 +46,42 @@ def test_summary_and_picture_come_from_the_lines(tmp_path):
         records.validation(
             {"step": 2, "tokens": 20, "val_loss@8": 1.7, "val_loss@16": 1.6, "blocks": 2, "seconds": 0.1}
         )
-        records.checkpoint({"step": 2, "tokens": 20, "checkpoint": "step-00000002", "seconds": 0.1})
+        saved = {"step": 2, "tokens": 20, "checkpoint": "step-00000002", "seconds": 0.1, "stall_seconds": 0.0}
+        records.checkpoints([saved])
         records.summarize({"step": 2})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == {"step": 2, "loss": 1.5, "median_tokens_per_second": 100.0, "val_loss@8": 1.7, "val_loss@16": 1.6}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_save_is_loud_at_once_recorded_and_told_again(tmp_path, capsys):
+    records = Records(tmp_path, total_steps=2, active=True)
+    failed = {"step": 1, "tokens": 10, "error": "No space left on device", "seconds": 0.1, "stall_seconds": 0.0}
+    with records.opened(0):
+        records.checkpoints([failed])
+        assert "CHECKPOINT NOT SAVED: No space left on device" in capsys.readouterr().out
+        records.summarize({"step": 2})
+    assert "No space left on device" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["failed_saves"] == 1
+    assert read_metrics(tmp_path / "metrics.jsonl") == [failed]
+
+
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path, capsys):
+    """A limit on the size of files stands in for the disk."""
+    records, path = Records(tmp_path, total_steps=9, active=True), tmp_path / "metrics.jsonl"
+    with records.opened(0):
+        records.training(line(1, 1.0))
+        size = path.stat().st_size
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, unlimited[1]))  # room for a part of a line
+        try:
+            records.training(line(2, 2.0))
+            records.training(line(3, 3.0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert path.stat().st_size == size and "wait in memory" in capsys.readouterr().out
+        records.training(line(4, 4.0))
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
 
 
 def test_other_ranks_write_nothing(tmp_path):
