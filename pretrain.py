@@ -8,6 +8,7 @@
   checkpoints follow from it, so the number of GPUs and the micro-batch change none of them.
 - The same command again resumes from the newest complete checkpoint, bit for bit; a finished run says so.
 - A global batch is exactly what the recipe says, or the run does not start.
+- A signal or --time_limit ends it in order: checkpoint, one line, exit code 75; a step that is not finite is skipped.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Optional
 
@@ -44,17 +45,20 @@ from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint import Checkpoints
 from lit_gpt.training.cluster import processes
 from lit_gpt.training.describe import describe, resolved
+from lit_gpt.training.guards import Guard
+from lit_gpt.training.leaving import Leaving, Poll
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
-from lit_gpt.training.records import Records, peak_flops
+from lit_gpt.training.records import Records
 from lit_gpt.training.run_folder import checkpoint_to_resume, open_run_folder, resumable
 from lit_gpt.training.schedule import learning_rate_at, recipe_flags
+from lit_gpt.training.speed import Speedometer
+from lit_gpt.training.watch import PATIENCE, Watch
 
 POSITIVE = ("sequences_per_batch", "sequence_length", "total_tokens", "num_extrapol", "keep_checkpoints")
-POSITIVE += ("log_step_interval", "eval_step_interval", "save_step_interval")
+POSITIVE += ("log_step_interval", "eval_step_interval", "save_step_interval", "max_skipped_in_a_row")
 NOT_NEGATIVE = ("micro_batch_size", "train_num_workers", "eval_iters", "learning_rate", "weight_decay", "grad_clip")
-NOT_NEGATIVE += ("milestone_tokens",)
-NOT_NEGATIVE += ("nnodes",)
+NOT_NEGATIVE += ("milestone_tokens", "nnodes", "spike_deviations", "hang_minutes")
 
 
 @dataclass
@@ -66,6 +70,9 @@ class Run:
     plan: Plan
     checkpoints: Checkpoints
     records: Records
+    leaving: Leaving
+    guard: Guard
+    watch: Watch
     identity: dict
     """Model, data and batch: what a resumed run must share, kept in every checkpoint."""
     step: int = 0
@@ -73,14 +80,11 @@ class Run:
 
     @property
     def sequences(self) -> int:
-        return self.sequences_after(self.step)
-
-    def sequences_after(self, step: int) -> int:
-        return self.plan.origin.sequences + (step - self.plan.origin.step) * self.args.sequences_per_batch
+        return self.plan.sequences_after(self.step)
 
     @property
     def tokens(self) -> int:
-        return self.plan.origin.tokens + (self.step - self.plan.origin.step) * self.plan.batch_tokens
+        return self.plan.tokens_after(self.step)
 
     @property
     def position(self) -> dict:
@@ -120,11 +124,14 @@ def setup(argv: Optional[list[str]] = None) -> None:
         precision="bf16-mixed" if cuda else "32-true",
         plugins=[group.environment],
     )
-    fabric.launch()
-    main(fabric, shortened(args, fabric.world_size) if args.debug else args, config)
+    with Leaving(args.time_limit) as leaving:
+        leaving.launch(fabric)
+        main(fabric, shortened(args, fabric.world_size) if args.debug else args, config, leaving)
+        if leaving.agreed:
+            sys.exit(leaving.finish(fabric))
 
 
-def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
+def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, leaving: Leaving) -> None:
     """Build data, model and optimizer, check that they belong together, resume, train, sum up."""
     train, validation = open_data(args, config)
     plan = Plan.make(args, fabric.world_size, validation)
@@ -153,33 +160,47 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig) -> None:
     if fabric.is_global_zero:
         lock = open_run_folder(plan.folder, resolved(args, config), tokenizer_of(args, train), fresh=args.debug)
     fabric.barrier()
+    records = Records(plan.folder, plan.total_steps, active=fabric.is_global_zero)
     run = Run(
         fabric=fabric,
         args=args,
         plan=plan,
         checkpoints=Checkpoints(plan.folder / "checkpoints", args.keep_checkpoints, fabric, args.milestone_tokens),
-        records=Records(plan.folder, plan.total_steps, active=fabric.is_global_zero),
+        records=records,
+        leaving=leaving,
+        guard=Guard(fabric, args, plan, leaving, records),
+        watch=Watch(
+            plan.folder / "stacks" / f"rank{fabric.global_rank}.txt",
+            fabric.global_rank,
+            args.hang_minutes,
+            leaving.exit_code(fabric) if args.hang_exit else None,
+        ),
         identity=identity,
         step=step,
     )
     run.checkpoints.go_on_from(run.tokens, damaged)
     if changes:
         console.print(f"from step {step} on with another", "\n    ".join(["", *changes]))
-        console.print("\n".join(train.describe(run.sequences_after(plan.total_steps))))
+        console.print("\n".join(train.describe(plan.sequences_after(plan.total_steps))))
 
     fabric.seed_everything(args.seed, verbose=False)
-    model = GPT(config).to(fabric.device)  # drawn on the CPU, so that a seed means the same weights everywhere
-    optimizer = adamw(model, args)
-    if newest:
-        run.checkpoints.load(newest, model, optimizer)
-        done = "this run is finished" if run.step >= plan.total_steps else "resuming"
-        console.print(f"{done}: {newest.name}, after {run.tokens:,} tokens.")
-    opened = run.records.opened(run.step, _wandb_options(args, plan))
-    with opened, run.checkpoints, torch.autograd.set_detect_anomaly(args.debug):
-        fit(run, model, optimizer, train, validation)
-        epochs = train.epochs(run.sequences)
-        run.records.summarize({**run.position, "epochs": epochs, "parameters": model.num_parameters()})
-        run.checkpoints.require_saved()
+    with run.watch:
+        model = GPT(config).to(fabric.device)  # drawn on the CPU, so that a seed means the same weights everywhere
+        optimizer = adamw(model, args)
+        if newest:
+            run.checkpoints.load(newest, model, optimizer)
+            run.guard.load_state_dict(meta.get("guard", {}))
+            done = "this run is finished" if run.step >= plan.total_steps else "resuming"
+            console.print(f"{done}: {newest.name}, after {run.tokens:,} tokens.")
+        opened = run.records.opened(run.step, _wandb_options(args, plan))
+        with opened, run.checkpoints, torch.autograd.set_detect_anomaly(args.debug):
+            fit(run, model, optimizer, train, validation)
+            if not leaving.agreed:
+                counts = {"epochs": train.epochs(run.sequences), **run.guard.counts}
+                run.records.summarize({**run.position, **counts, "parameters": model.num_parameters()})
+            run.checkpoints.require_saved()
+    if leaving.agreed:
+        console.print(leaving.farewell(run.step, plan.folder), soft_wrap=True)
     if lock:
         lock.close()
 
@@ -191,8 +212,8 @@ def fit(
     train: TrainData | RawTrainData,
     validation: ValidationData | RawValidationData | None,
 ) -> None:
-    """Train from where the run is to the end of its plan."""
-    fabric, args, plan = run.fabric, run.args, run.plan
+    """Train from where the run is to the end of its plan, or until all ranks agree to leave."""
+    fabric, args, plan, guard, leaving = run.fabric, run.args, run.plan, run.guard, run.leaving
     wrapped_model, wrapped_optimizer = fabric.setup(model, optimizer)
     batches = train.micro_batches(
         consumed=run.sequences,
@@ -203,38 +224,46 @@ def fit(
         prefetch=args.train_num_workers > 0,
         pin_memory=fabric.device.type == "cuda",
     )
-    speedometer = Speedometer(run, model.flops_per_token(args.sequence_length))
+    leaving.ask(fabric.device)
+    if validation and fabric.broadcast(run.records.evaluation_missing(run.step, args.eval_step_interval)):
+        validate(run, wrapped_model, validation)  # the run was left before it was done
+    speedometer = Speedometer(fabric, plan, run.step, model.flops_per_token(args.sequence_length))
 
-    while run.step < plan.total_steps:
-        run.step += 1
-        learning_rate = learning_rate_at(run.tokens, args.total_tokens, args)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        loss = accumulate(run, wrapped_model, batches)
-        grad_norm = fabric.clip_gradients(
-            wrapped_model, wrapped_optimizer, max_norm=args.grad_clip or math.inf, error_if_nonfinite=False
-        )
-        wrapped_optimizer.step()
-        wrapped_optimizer.zero_grad()
-        run.records.step(run.step)
-
-        save = plan.due(run.step, args.save_step_interval)
-        if save or plan.due(run.step, args.log_step_interval):
-            loss = fabric.all_reduce(loss, reduce_op="mean").item()
-            run.records.training(
-                {**run.position, "loss": loss, "lr": learning_rate, "grad_norm": grad_norm.item(), **speedometer.read()}
+    with closing(guard.remember(batches)) as batches:
+        while run.step < plan.total_steps and not leaving.agreed:
+            run.step += 1
+            learning_rate = learning_rate_at(run.tokens, args.total_tokens, args)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            loss = accumulate(run, wrapped_model, batches)
+            grad_norm = fabric.clip_gradients(
+                wrapped_model, wrapped_optimizer, max_norm=args.grad_clip or math.inf, error_if_nonfinite=False
             )
-            if not math.isfinite(loss):
-                raise UserError(_diverged(run, loss))
-        with speedometer.paused():
-            if validation and plan.due(run.step, args.eval_step_interval):
-                run.records.validation({**run.position, **validate(run, wrapped_model, validation)})
-            if save:
-                meta = {**run.position, "sequences": run.sequences, "origin": asdict(plan.origin), **run.identity}
-                meta |= {"data_state": train.state(run.sequences), "document_format": train.corpus.document_format}
-                run.checkpoints.save(model, optimizer, meta)
-        run.records.checkpoints(run.checkpoints.finished())
-    batches.close()
+            guard.judge(run.step, loss, grad_norm, optimizer)  # on the device: the optimizer may leave this step out
+            wrapped_optimizer.step()
+            wrapped_optimizer.zero_grad()
+            run.records.step(run.step)
+
+            evaluate = validation and plan.due(run.step, args.eval_step_interval)
+            save = plan.due(run.step, args.save_step_interval)
+            log = save or plan.due(run.step, args.log_step_interval)
+            verdict = guard.settle(wait=log or evaluate)  # otherwise that of the step before, so that nobody waits
+            run.watch.beat()
+            if log:
+                speed = speedometer.read(run.step)
+                losses = {"loss": verdict.loss, "lr": learning_rate, "grad_norm": verdict.grad_norm}
+                run.records.training({**run.position, **losses, **speed})
+            with speedometer.paused():
+                if evaluate and not leaving.agreed:
+                    validate(run, wrapped_model, validation)
+                if save or leaving.agreed:
+                    run.watch.beat(PATIENCE)
+                    guard.settle(wait=True)
+                    meta = {**run.position, "sequences": run.sequences, "origin": asdict(plan.origin), **run.identity}
+                    meta |= {"data_state": train.state(run.sequences), "document_format": train.corpus.document_format}
+                    meta |= {"guard": guard.state_dict()}
+                    run.checkpoints.save(model, optimizer, meta)
+            run.records.checkpoints(run.checkpoints.finished())
     run.checkpoints.wait()
     run.records.checkpoints(run.checkpoints.finished())
 
@@ -256,23 +285,31 @@ def accumulate(run: Run, model: nn.Module, batches: Iterator[Batch]) -> Tensor:
 
 
 @torch.no_grad()
-def validate(run: Run, model: nn.Module, validation: ValidationData | RawValidationData) -> dict:
-    """Mean loss over the first 1, 2, ... num_extrapol training lengths of every block, read from one forward pass per
-    block.
+def validate(run: Run, model: nn.Module, validation: ValidationData | RawValidationData) -> None:
+    """Record the mean loss over the first 1, 2, ... num_extrapol training lengths of every block, read from one forward
+    pass per block; nothing if all ranks agree to leave meanwhile.
     """
     fabric, lengths, blocks = run.fabric, run.args.num_extrapol, run.plan.eval_blocks
-    began = time.perf_counter()
+    began, poll = time.perf_counter(), Poll(run.leaving, fabric.device)
     model.eval()
     sums = torch.zeros(lengths, dtype=torch.float64, device=fabric.device)
-    for i in range(fabric.global_rank, blocks, fabric.world_size):
-        tokens, cu_seqlens = fabric.to_device(validation.batch(i))
+    for first in range(0, blocks, fabric.world_size):
+        if poll.ask():
+            break
+        run.watch.beat(PATIENCE)
+        block = first + fabric.global_rank
+        # ranks for which no block is left run one uncounted: a sharded model runs on all ranks together
+        tokens, cu_seqlens = fabric.to_device(validation.batch(min(block, blocks - 1)))
         losses = model(tokens[:, :-1], tokens[:, 1:], cu_seqlens=cu_seqlens, rows_apart=True)
-        sums += losses.double().view(lengths, -1).sum(dim=1)
+        if block < blocks:
+            sums += losses.double().view(lengths, -1).sum(dim=1)
     model.train()
+    if run.leaving.agreed:
+        return
     sums = fabric.all_reduce(sums, reduce_op="sum").cumsum(dim=0).tolist()
     ends = [run.args.sequence_length * (n + 1) for n in range(lengths)]
     losses = {f"val_loss@{end}": total / (blocks * end) for end, total in zip(ends, sums)}
-    return {**losses, "blocks": blocks, "seconds": time.perf_counter() - began}
+    run.records.validation({**run.position, **losses, "blocks": blocks, "seconds": time.perf_counter() - began})
 
 
 def open_data(
@@ -285,46 +322,6 @@ def open_data(
         check_vocabulary(corpus, config.vocab_size)
     check_same_tokenizer(train, validation)
     return train, validation
-
-
-class Speedometer:
-    """Tokens per second between two readings, without the time spent on evaluations and checkpoints."""
-
-    def __init__(self, run: Run, flops_per_token: float):
-        self.run, self.step, self.began = run, run.step, time.perf_counter()
-        name = torch.cuda.get_device_name() if run.fabric.device.type == "cuda" else ""
-        peak = peak_flops(name)
-        self.flops_per_token, self.peak = flops_per_token, peak and peak * run.fabric.world_size
-
-    def read(self) -> dict:
-        """Speed since the last reading, share of the devices' peak (None where we know none), and time left at that
-        speed.
-        """
-        now, steps = time.perf_counter(), self.run.step - self.step
-        seconds = (now - self.began) / steps
-        self.step, self.began = self.run.step, now
-        speed = self.run.plan.batch_tokens / seconds
-        mfu = speed * self.flops_per_token / self.peak if self.peak else None
-        return {
-            "tokens_per_second": speed,
-            "mfu": mfu,
-            "seconds_left": seconds * (self.run.plan.total_steps - self.step),
-        }
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        began = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - began
-
-
-def _diverged(run: Run, loss: float) -> str:
-    size = run.args.sequences_per_batch
-    return (
-        f"the loss is {loss} at step {run.step} (sequences {run.sequences - size} to {run.sequences - 1}). This "
-        "step is not saved and older checkpoints are as they were. Lower --learning_rate, or look at that data."
-    )
 
 
 def _wandb_options(args: PretrainArgs, plan: Plan) -> Optional[dict]:

@@ -80,5 +80,25 @@ class RecordArgs:
 
 
 @dataclass(kw_only=True)
-class PretrainArgs(RecordArgs, OptimizerArgs, ScheduleArgs, DataArgs, RecipeArgs, RunArgs):
+class SafetyArgs:
+    time_limit: Optional[str] = None
+    """Save and exit with code 75 after this much time, such as 3h30m, 45m or 1d12h: what an allocation lasts, less a
+    step and a checkpoint. SIGTERM, SIGUSR1 and SIGINT do the same at once.
+    """
+    max_skipped_in_a_row: int = 10
+    """Steps skipped one after the other, for a loss or gradient that is not finite, after which the run stops."""
+    skip_spikes: bool = False
+    """Skip the steps that are spikes; by default they are only told."""
+    spike_deviations: float = 6.0
+    """How many deviations above its running mean the log of the loss or of the gradient norm is a spike."""
+    hang_minutes: float = 10.0
+    """Minutes without a step done after which every rank writes the stacks of its threads to <run folder>/stacks; three
+    times as long for the first step, a validation block or a checkpoint. 0: never.
+    """
+    hang_exit: bool = False
+    """End a run that hangs, with exit code 75, so that its launcher starts it again from the newest checkpoint."""
+
+
+@dataclass(kw_only=True)
+class PretrainArgs(SafetyArgs, RecordArgs, OptimizerArgs, ScheduleArgs, DataArgs, RecipeArgs, RunArgs):
     """Flags of pretrain.py."""

@@ -33,6 +33,8 @@ class Plan:
     """Sequences in a forward pass."""
     accumulation: int
     """Forward passes of each rank in a step."""
+    batch_sequences: int
+    """Sequences in a step."""
     batch_tokens: int
     """Tokens in a step."""
     total_steps: int
@@ -56,6 +58,7 @@ class Plan:
             folder=args.output_root / "outputs" / f"{args.train_config}_{args.exp_name}",
             micro_batch=micro_batch,
             accumulation=accumulation,
+            batch_sequences=args.sequences_per_batch,
             batch_tokens=batch_tokens,
             total_steps=args.total_tokens // batch_tokens,
             eval_blocks=min(blocks, args.eval_iters * VALIDATION_BATCH or blocks),
@@ -65,6 +68,14 @@ class Plan:
         """The same plan for a run whose batches are of this size only from `origin` on."""
         steps = origin.step + max(0, total_tokens - origin.tokens) // self.batch_tokens
         return dataclasses.replace(self, origin=origin, total_steps=steps)
+
+    def sequences_after(self, step: int) -> int:
+        """Sequences that the run has consumed after this many steps."""
+        return self.origin.sequences + (step - self.origin.step) * self.batch_sequences
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens that the run has consumed after this many steps."""
+        return self.origin.tokens + (step - self.origin.step) * self.batch_tokens
 
     def due(self, step: int, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens after this many."""

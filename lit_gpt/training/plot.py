@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 def plot_losses(records: list[dict], path: Path, title: str) -> None:
     """Draw training and validation loss against tokens into a PNG, replaced in one step."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    training = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
     if training:
         axes.plot(*zip(*training), color="0.6", linewidth=1, label="training")
     for name in sorted(

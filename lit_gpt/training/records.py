@@ -1,6 +1,7 @@
 """What a run leaves for people: metrics.jsonl, loss.png, summary.json, console lines, wandb."""
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -66,6 +67,7 @@ class Records:
             TimeRemainingColumn(),
         )
         self.progress = Progress(*columns, console=self.console, disable=not (active and sys.stdout.isatty()))
+        self.path = folder / "metrics.jsonl"
         self.task = self.progress.add_task("training", total=total_steps, loss="-", speed="-")
 
     @contextmanager
@@ -74,7 +76,7 @@ class Records:
         if not self.active:
             yield
             return
-        path = self.folder / "metrics.jsonl"
+        path = self.path
         kept = [r for r in read_metrics(path) if r["step"] <= step]
         write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         if wandb_options is not None:
@@ -107,6 +109,15 @@ class Records:
         )
         self.plot()
 
+    def note(self, record: dict, text: str) -> None:
+        """Something out of the ordinary: at least step and tokens, and what happened under a key of its own."""
+        self._write(record, text)
+
+    def evaluation_missing(self, step: int, interval: int) -> bool:
+        """Whether the run was left at `step` before the evaluation that was due then; only its first rank knows."""
+        due = self.active and step > 0 and (step % interval == 0 or step == self.total_steps)
+        return due and not any(r["step"] == step and "blocks" in r for r in read_metrics(self.path))
+
     def checkpoints(self, ended: list[dict]) -> None:
         """Saves that ended: each has `checkpoint`, its name, or `error`, why there is none."""
         for record in ended:
@@ -122,7 +133,7 @@ class Records:
         if not self.active:
             return
         try:
-            plot_losses(read_metrics(self.folder / "metrics.jsonl"), self.folder / "loss.png", self.folder.name)
+            plot_losses(read_metrics(self.path), self.folder / "loss.png", self.folder.name)
         except OSError as error:
             self.console.print(f"loss.png could not be drawn: {error.strerror or error}.", style="bold red")
 
@@ -130,8 +141,8 @@ class Records:
         """Write summary.json, of what was recorded and the facts given, and the last plot; say where all lies."""
         if not self.active:
             return
-        records = read_metrics(self.folder / "metrics.jsonl") + self.pending
-        training = [r for r in records if "loss" in r]
+        records = read_metrics(self.path) + self.pending
+        training = [r for r in records if r.get("loss") is not None]
         evaluations = [{k: r[k] for k in r if k.startswith("val_loss@")} for r in records if "blocks" in r]
         summary = dict(facts)
         if training:
@@ -157,6 +168,8 @@ class Records:
         if not self.active:
             return
         self.console.print(text, style=style)
+        # JSON has no number for what is not finite
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.pending.append(record)
         try:
             self._append()

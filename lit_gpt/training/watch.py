@@ -1,0 +1,73 @@
+"""Reports a hang, with the stacks of every rank.
+
+Each rank watches itself by a thread, so it works while the main one waits inside a collective, and needs nobody else.
+SIGQUIT (Ctrl-\\) prints the stacks of a process at any time.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Optional
+
+PATIENCE = 3  # how much longer than a step may the first step, an evaluation block or a save take
+
+
+class Watch:
+    """Watches this rank while it is entered; `beat` says that it is alive.
+
+    Args:
+        path: where the stacks go.
+        exit_code: what to end with at a hang; None goes on watching.
+    """
+
+    def __init__(self, path: Path, rank: int, minutes: float, exit_code: Optional[int]):
+        self.path, self.rank, self.minutes, self.exit_code = path, rank, minutes, exit_code
+        self._ended = threading.Event()
+        self.beat(PATIENCE)
+
+    def beat(self, patience: float = 1) -> None:
+        """Something was done; the next may take `patience` times hang_minutes."""
+        self._limit = 60 * self.minutes * patience
+        self._last, self._reported = time.monotonic(), False
+
+    def __enter__(self) -> "Watch":
+        if self.minutes:
+            self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+            self._thread.start()
+        faulthandler.register(signal.SIGQUIT, file=sys.__stderr__, all_threads=True)
+        return self
+
+    def __exit__(
+        self, kind: Optional[type], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
+        faulthandler.unregister(signal.SIGQUIT)
+        self._ended.set()
+        if self.minutes:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, 6 * self.minutes)):
+            silent = time.monotonic() - self._last
+            if silent > self._limit and not self._reported:
+                self._reported = True
+                self._report(silent)
+                if self.exit_code is not None:
+                    os._exit(self.exit_code)
+
+    def _report(self, silent: float) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        with open(self.path, "a") as file:
+            now = datetime.now().isoformat(sep=" ", timespec="seconds")
+            file.write(f"{now}  rank {self.rank}, process {os.getpid()}: nothing done for {silent:.0f} seconds\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.write("\n")
+        text = f"rank {self.rank}: nothing done for {silent:.0f} seconds; the stacks of its threads are in {self.path}"
+        end = "" if self.exit_code is None else ". Exiting: the same command goes on from the newest checkpoint"
+        print(f"{text}{end}.", file=sys.stderr, flush=True)
