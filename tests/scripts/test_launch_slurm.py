@@ -1,0 +1,78 @@
+"""scripts/launch_slurm.sh under a real Slurm of two nodes: it trains, leaves ahead of its limit, survives a node."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.runs import ROOT, long_run, losses, undisturbed, wait_until
+from tests.scripts.slurm import Slurm, why_not
+
+SUBMIT = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=f"no Slurm here: {why_not()}")]
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    with Slurm() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_corpus, tmp_path_factory):
+    return long_run(tiny_corpus, tmp_path_factory.mktemp("model"))
+
+
+class Job:
+    """A submitted run of two tasks on two nodes."""
+
+    def __init__(self, slurm: Slurm, folder: Path, flags: list[str], *options: str):
+        self.slurm, self.folder, self.run = slurm, folder, folder / "runs" / "outputs" / "debug_job"
+        # the batch script runs where it was submitted: a folder that looks like the repository, so as to write its logs
+        for name in ("pretrain.py", "data.py", "cache.py", "lit_gpt", "configs", "scripts"):
+            if (ROOT / name).exists():
+                (folder / name).symlink_to(ROOT / name)
+        command = [*SUBMIT, *options, "scripts/launch_slurm.sh", *flags, f"--output_root={folder}/runs"]
+        self.number = slurm.run(*command, "--exp_name=job", cwd=folder).strip()
+
+    @property
+    def output(self) -> str:
+        """What the batch script printed."""
+        path = self.folder / f"pretrain-{self.number}.out"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def node_outputs(self) -> list[str]:
+        return [path.read_text() for path in sorted(self.folder.glob("slurm-*/node*.log"))]
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+        wait_until(lambda: condition() or self.state in ("FAILED", "COMPLETED"), seconds)
+        everything = "\n".join([self.output, *self.node_outputs, self.slurm.logs()])
+        assert condition(), f"waited for {what}, job is {self.state}\n{everything}"
+
+    @property
+    def state(self) -> str:
+        return self.slurm.job(self.number)["JobState"]
+
+    def cancel(self) -> None:
+        self.slurm.run("scancel", self.number)
+        self.wait(lambda: self.state == "CANCELLED", "the end of a cancelled job")
+        self.slurm.wait_for(lambda: set(self.slurm.node_states().values()) == {"IDLE"}, "idle nodes", 90)
+
+
+def test_a_job_whose_node_dies_goes_on_bit_for_bit(slurm, flags, tmp_path):
+    job = Job(slurm, tmp_path, flags, "--time=30")
+    job.wait(lambda: len(losses(job.run)) >= 60, "60 steps")
+    slurm.kill_node("n2")
+    slurm.wait_for(lambda: slurm.job(job.number)["Restarts"] == "1", "Slurm's own requeue")
+    reached = len(losses(job.run))
+    slurm.start_node("n2")
+    job.wait(lambda: len(losses(job.run)) >= reached + 30, "30 steps more")
+    job.cancel()
+    assert "start 1: 2 nodes" in job.output and "start 2: 2 nodes" in job.output
+    assert re.search(r"resuming: step-\d+", "".join(job.node_outputs))
+    assert len(job.node_outputs) == 2
+    ours = losses(job.run)
+    assert ours == undisturbed(flags, tmp_path, len(ours))

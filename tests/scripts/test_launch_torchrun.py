@@ -1,0 +1,102 @@
+"""scripts/launch_torchrun.sh: two agents as two nodes, one of them killed; one-line refusals."""
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.runs import ENVIRONMENT, ROOT, long_run, losses, undisturbed, wait_until
+
+SCRIPT = ROOT / "scripts" / "launch_torchrun.sh"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--nnodes", "2"], ["--rdzv_endpoint"]),
+        (["--nnodes"], ["--nnodes needs a value"]),
+        (["--nnodes", "two"], ["at least 1", "two"]),
+        (["--nproc_per_node", "1", "--max_restarts", "-1"], ["--max_restarts"]),
+    ],
+)
+def test_mistakes_end_in_one_line(flags, words):
+    done = subprocess.run([SCRIPT, *flags], env=ENVIRONMENT, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words)
+
+
+@pytest.mark.slow
+def test_what_pretraining_refuses_is_refused_once(tmp_path):
+    """Not again for every restart, and without torchrun's traceback."""
+    flags = ["--model_name", "nosuch", "--train_config", "debug", "--output_root", tmp_path, "--exp_name", "x"]
+    done = subprocess.run(
+        [SCRIPT, "--nproc_per_node", "1", *flags], env=ENVIRONMENT, timeout=120, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.fixture
+def nodes(tiny_corpus, tmp_path):
+    """Starts the script twice, as two nodes of one run; ends what is left of them."""
+    flags = long_run(tiny_corpus, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+
+    def start(*options: str) -> list[subprocess.Popen]:
+        meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_endpoint", endpoint, *options]
+        for node in range(2):
+            with open(tmp_path / f"node{node}.log", "wb") as log:
+                command = [SCRIPT, *meet, "--node_rank", str(node), *flags, f"--output_root={tmp_path}"]
+                started.append(
+                    subprocess.Popen(
+                        [*command, "--exp_name=run"], env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+                    )
+                )
+        return started
+
+    yield start, flags
+    for script in started:
+        for process in [script.pid, *below(script.pid)]:
+            os.kill(process, signal.SIGKILL)
+        script.wait()
+
+
+def below(parent: int) -> list[int]:
+    """Every process that comes from this one."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [process for child in map(int, children) for process in [child, *below(child)]]
+
+
+def agent_of(script: subprocess.Popen) -> int:
+    """The torchrun that a script has started."""
+    for process in below(script.pid):
+        if b"torch.distributed.run" in Path(f"/proc/{process}/cmdline").read_bytes():
+            return process
+    raise AssertionError("no torchrun")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1], ids=["the node of the endpoint", "the other node"])
+def test_a_killed_agent_is_restarted_and_the_run_goes_on_bit_for_bit(victim, nodes, tmp_path):
+    start, flags = nodes
+    folder = tmp_path / "outputs" / "debug_run"
+    scripts = start("--restart")
+
+    def reaches(step: int) -> None:
+        done = wait_until(lambda: len(losses(folder)) >= step or any(s.poll() is not None for s in scripts), 240)
+        logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("node*.log")))
+        assert done and len(losses(folder)) >= step, f"waited for step {step}\n{logs}"
+
+    reaches(40)
+    os.kill(agent_of(scripts[victim]), signal.SIGKILL)
+    wait_until(lambda: "starting again" in (tmp_path / f"node{victim}.log").read_text(), 60)
+    reached = len(losses(folder))
+    reaches(reached + 30)
+    assert "resuming: step-" in "".join(path.read_text() for path in tmp_path.glob("node*.log"))
+    ours = losses(folder)
+    assert ours == undisturbed(flags, tmp_path / "whole", len(ours))
