@@ -13,6 +13,7 @@
 
 import importlib.util
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -39,20 +40,22 @@ from data import (
 from lit_gpt.command_line import parse
 from lit_gpt.config import ModelConfig
 from lit_gpt.errors import UserError, exit_on_user_error
-from lit_gpt.model import GPT
+from lit_gpt.model import count_parameters
 from lit_gpt.tokens.batch import Batch
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint import Checkpoints
 from lit_gpt.training.cluster import processes
 from lit_gpt.training.describe import describe, resolved
 from lit_gpt.training.guards import Guard
-from lit_gpt.training.leaving import Leaving, Poll
+from lit_gpt.training.leaving import EXIT_CODE, Leaving, Poll
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
+from lit_gpt.training.ranks import ending_together, supervise
 from lit_gpt.training.records import Records
 from lit_gpt.training.run_folder import checkpoint_to_resume, open_run_folder, resumable
 from lit_gpt.training.schedule import learning_rate_at, recipe_flags
 from lit_gpt.training.speed import Speedometer
+from lit_gpt.training.strategy import Layout, build_fabric, build_model, device_bytes
 from lit_gpt.training.watch import PATIENCE, Watch
 
 POSITIVE = ("sequences_per_batch", "sequence_length", "total_tokens", "num_extrapol", "keep_checkpoints")
@@ -116,27 +119,24 @@ def setup(argv: Optional[list[str]] = None) -> None:
         )
     torch.set_float32_matmul_precision("high")
     group = processes(args, cuda)
-    fabric = Fabric(
-        accelerator="cuda" if cuda else "cpu",
-        devices=group.devices,
-        num_nodes=group.nodes,
-        strategy="ddp" if group.devices * group.nodes > 1 else "auto",
-        precision="bf16-mixed" if cuda else "32-true",
-        plugins=[group.environment],
-    )
+    layout = Layout.choose(args, count_parameters(config)[1], group.nodes, group.devices, device_bytes(cuda))
+    if group.to_be_started:
+        sys.exit(supervise([sys.executable, os.path.abspath(__file__), *argv], group.nodes, group.devices))
     with Leaving(args.time_limit) as leaving:
-        leaving.launch(fabric)
-        main(fabric, shortened(args, fabric.world_size) if args.debug else args, config, leaving)
+        fabric = build_fabric(layout, group.nodes, group.devices, cuda, group.environment)
+        fabric.launch()
+        with ending_together():
+            main(fabric, shortened(args, fabric.world_size) if args.debug else args, config, layout, leaving)
         if leaving.agreed:
-            sys.exit(leaving.finish(fabric))
+            sys.exit(EXIT_CODE)
 
 
-def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, leaving: Leaving) -> None:
+def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, layout: Layout, leaving: Leaving) -> None:
     """Build data, model and optimizer, check that they belong together, resume, train, sum up."""
     train, validation = open_data(args, config)
     plan = Plan.make(args, fabric.world_size, validation)
     console = Console(quiet=not fabric.is_global_zero, highlight=False)
-    describe(console, fabric, args, config, plan, train, validation)
+    describe(console, fabric, args, config, layout, plan, train, validation)
     if args.dry_run:
         console.print("dry run: everything checked, nothing written.")
         return
@@ -173,7 +173,7 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, leaving: Leavi
             plan.folder / "stacks" / f"rank{fabric.global_rank}.txt",
             fabric.global_rank,
             args.hang_minutes,
-            leaving.exit_code(fabric) if args.hang_exit else None,
+            EXIT_CODE if args.hang_exit else None,
         ),
         identity=identity,
         step=step,
@@ -183,12 +183,11 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, leaving: Leavi
         console.print(f"from step {step} on with another", "\n    ".join(["", *changes]))
         console.print("\n".join(train.describe(plan.sequences_after(plan.total_steps))))
 
-    fabric.seed_everything(args.seed, verbose=False)
     with run.watch:
-        model = GPT(config).to(fabric.device)  # drawn on the CPU, so that a seed means the same weights everywhere
-        optimizer = adamw(model, args)
+        model = build_model(fabric, config, args, seed=None if newest else args.seed)
+        optimizer = adamw(model.module, args)
         if newest:
-            run.checkpoints.load(newest, model, optimizer)
+            run.checkpoints.load(newest, model.module, optimizer)
             run.guard.load_state_dict(meta.get("guard", {}))
             done = "this run is finished" if run.step >= plan.total_steps else "resuming"
             console.print(f"{done}: {newest.name}, after {run.tokens:,} tokens.")
@@ -197,7 +196,7 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, leaving: Leavi
             fit(run, model, optimizer, train, validation)
             if not leaving.agreed:
                 counts = {"epochs": train.epochs(run.sequences), **run.guard.counts}
-                run.records.summarize({**run.position, **counts, "parameters": model.num_parameters()})
+                run.records.summarize({**run.position, **counts, "parameters": model.module.num_parameters()})
             run.checkpoints.require_saved()
     if leaving.agreed:
         console.print(leaving.farewell(run.step, plan.folder), soft_wrap=True)
@@ -207,14 +206,14 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, leaving: Leavi
 
 def fit(
     run: Run,
-    model: GPT,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     train: TrainData | RawTrainData,
     validation: ValidationData | RawValidationData | None,
 ) -> None:
     """Train from where the run is to the end of its plan, or until all ranks agree to leave."""
     fabric, args, plan, guard, leaving = run.fabric, run.args, run.plan, run.guard, run.leaving
-    wrapped_model, wrapped_optimizer = fabric.setup(model, optimizer)
+    wrapped_optimizer = fabric.setup_optimizers(optimizer)
     batches = train.micro_batches(
         consumed=run.sequences,
         global_batch=args.sequences_per_batch,
@@ -226,8 +225,8 @@ def fit(
     )
     leaving.ask(fabric.device)
     if validation and fabric.broadcast(run.records.evaluation_missing(run.step, args.eval_step_interval)):
-        validate(run, wrapped_model, validation)  # the run was left before it was done
-    speedometer = Speedometer(fabric, plan, run.step, model.flops_per_token(args.sequence_length))
+        validate(run, model, validation)  # the run was left before it was done
+    speedometer = Speedometer(fabric, plan, run.step, model.module.flops_per_token(args.sequence_length))
 
     with closing(guard.remember(batches)) as batches:
         while run.step < plan.total_steps and not leaving.agreed:
@@ -235,9 +234,9 @@ def fit(
             learning_rate = learning_rate_at(run.tokens, args.total_tokens, args)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            loss = accumulate(run, wrapped_model, batches)
+            loss = accumulate(run, model, batches)
             grad_norm = fabric.clip_gradients(
-                wrapped_model, wrapped_optimizer, max_norm=args.grad_clip or math.inf, error_if_nonfinite=False
+                model, wrapped_optimizer, max_norm=args.grad_clip or math.inf, error_if_nonfinite=False
             )
             guard.judge(run.step, loss, grad_norm, optimizer)  # on the device: the optimizer may leave this step out
             wrapped_optimizer.step()
@@ -255,14 +254,14 @@ def fit(
                 run.records.training({**run.position, **losses, **speed})
             with speedometer.paused():
                 if evaluate and not leaving.agreed:
-                    validate(run, wrapped_model, validation)
+                    validate(run, model, validation)
                 if save or leaving.agreed:
                     run.watch.beat(PATIENCE)
                     guard.settle(wait=True)
                     meta = {**run.position, "sequences": run.sequences, "origin": asdict(plan.origin), **run.identity}
                     meta |= {"data_state": train.state(run.sequences), "document_format": train.corpus.document_format}
                     meta |= {"guard": guard.state_dict()}
-                    run.checkpoints.save(model, optimizer, meta)
+                    run.checkpoints.save(model.module, optimizer, meta)
             run.records.checkpoints(run.checkpoints.finished())
     run.checkpoints.wait()
     run.records.checkpoints(run.checkpoints.finished())

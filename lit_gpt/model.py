@@ -65,8 +65,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+        self.tie_weights()
         self.init_weights()
 
     @classmethod
@@ -126,16 +125,25 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw every parameter anew from torch's global generator, in the order of the modules."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                writes_residual = name.endswith("o_proj")
-                std = 0.02 / (2 * self.config.n_layer) ** 0.5 if writes_residual else 0.02
-                nn.init.normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, (ShortConvolution, GatedDeltaNet2)):
-                module.reset_parameters()
+            self.init_module(name, module)
+
+    def init_module(self, name: str, module: nn.Module) -> None:
+        """Draw the parameters that are a module's own, not those of modules within it."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            writes_residual = name.endswith("o_proj")
+            std = 0.02 / (2 * self.config.n_layer) ** 0.5 if writes_residual else 0.02
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, (ShortConvolution, GatedDeltaNet2)):
+            module.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Make embedding and output head one parameter, if the config says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def num_parameters(self, blocks_only: bool = False) -> int:
         """Parameters in all, or in the blocks alone (without embedding, head and final norm, as the paper's tables

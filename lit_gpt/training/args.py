@@ -7,6 +7,7 @@ from typing import Literal, Optional
 from data import DataArgs
 from lit_gpt.training.optimizer import OptimizerArgs
 from lit_gpt.training.schedule import ScheduleArgs
+from lit_gpt.training.strategy import StrategyArgs
 
 
 @dataclass(kw_only=True)
@@ -100,5 +101,5 @@ class SafetyArgs:
 
 
 @dataclass(kw_only=True)
-class PretrainArgs(SafetyArgs, RecordArgs, OptimizerArgs, ScheduleArgs, DataArgs, RecipeArgs, RunArgs):
+class PretrainArgs(SafetyArgs, RecordArgs, StrategyArgs, OptimizerArgs, ScheduleArgs, DataArgs, RecipeArgs, RunArgs):
     """Flags of pretrain.py."""

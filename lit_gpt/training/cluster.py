@@ -27,7 +27,12 @@ class Processes:
     devices: int
     """Processes on each node."""
     environment: ClusterEnvironment
-    """How Fabric finds its rank among them, or starts them."""
+    """How Fabric finds its rank among them."""
+
+    @property
+    def to_be_started(self) -> bool:
+        """Whether nobody has started them yet, and one process will not do."""
+        return self.nodes * self.devices > 1 and not self.environment.creates_processes_externally
 
 
 def processes(args: PretrainArgs, cuda: bool) -> Processes:

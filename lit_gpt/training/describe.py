@@ -18,6 +18,7 @@ from lit_gpt.ops import attention
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.optimizer import describe_groups, parameter_groups
 from lit_gpt.training.plan import Plan
+from lit_gpt.training.strategy import Layout
 
 
 def describe(
@@ -25,6 +26,7 @@ def describe(
     fabric: Fabric,
     args: PretrainArgs,
     config: ModelConfig,
+    layout: Layout,
     plan: Plan,
     train: "TrainData | RawTrainData",
     validation: "ValidationData | RawValidationData | None",
@@ -46,6 +48,7 @@ def describe(
         "training FLOPs": f"{skeleton.flops_per_token(args.sequence_length) / 1e9:.3g} G per token",
         "memory": f"{states} of weights, gradients and AdamW on each device, besides activations",
         "devices": f"{fabric.world_size} x {device}, {'bf16-mixed' if cuda else 'fp32'}",
+        "strategy": str(layout),
         "kernels": f"GDN-2: {'fused Triton' if cuda else 'chunkwise PyTorch'}; attention: {kernels}",
         "global batch": f"{args.sequences_per_batch} x {args.sequence_length} = {plan.batch_tokens:,} tokens: {split}",
         "steps": f"{plan.total_steps:,}, {plan.total_steps * plan.batch_tokens:,} tokens",

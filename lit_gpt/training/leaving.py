@@ -8,7 +8,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,8 +16,6 @@ from types import TracebackType
 from typing import Optional
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from lit_gpt.errors import UserError
@@ -53,7 +50,6 @@ class Leaving:
         self.agreed: Optional[str] = None
         self._deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
         self._heard: Optional[str] = None
-        self._children: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Leaving":
         self._pipe, self._write_end = os.pipe()
@@ -74,15 +70,6 @@ class Leaving:
         os.close(self._write_end)  # which ends the thread
         self._thread.join()
         os.close(self._pipe)
-
-    def launch(self, fabric: Fabric) -> None:
-        """fabric.launch(), so that signals to a process it starts wait until that process is able to hear them."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            fabric.launch()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self._children = getattr(fabric.strategy.launcher, "procs", [])  # of one process, the strategy has no launcher
 
     def votes(self, device: torch.device) -> Tensor:
         """[len(REASONS)]: 1 at the reason for which this rank wants to leave, else 0."""
@@ -111,20 +98,6 @@ class Leaving:
         )
         return f"left on {self.agreed} after step {step:,}: {saved}. The same command goes on from there."
 
-    def finish(self, fabric: Fabric) -> int:
-        """Wait for the processes that Fabric started; returns this one's exit code."""
-        for child in self._children:
-            child.wait()
-        return self.exit_code(fabric)
-
-    def exit_code(self, fabric: Fabric) -> int:
-        """EXIT_CODE, but 0 for a process that Fabric started: where such a one fails, Fabric kills the one that started
-        it, whose exit code is what counts.
-        """
-        environment = getattr(fabric.strategy, "cluster_environment", None)
-        started_by_fabric = isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
-        return 0 if started_by_fabric else EXIT_CODE
-
     def _listen(self) -> None:
         while content := os.read(self._pipe, 1):
             number, now = content[0], time.monotonic()
@@ -134,8 +107,6 @@ class Leaving:
                 self._heard, first = signal.Signals(number).name, now
             elif now - first > SAME_SIGNAL:
                 print(f"{signal.Signals(number).name} again: exiting at once.", file=sys.stderr, flush=True)
-                for child in self._children:
-                    child.kill()
                 os._exit(128 + number)
 
 
