@@ -81,8 +81,8 @@ case $code in
 0) echo "$(date '+%F %T') finished." ;;
 75)
     state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2)
-    if [ "$state" = CANCELLED ]; then
-        echo "$(date '+%F %T') cancelled, everything saved: submit the same command again to go on."
+    if [ "$state" != RUNNING ]; then # Slurm is ending it: scancel, or the limit itself
+        echo "$(date '+%F %T') ended by Slurm, everything saved: submit the same command again to go on."
     elif scontrol requeue "$SLURM_JOB_ID"; then
         echo "$(date '+%F %T') left early, everything saved: job $SLURM_JOB_ID is queued again."
     else

@@ -58,8 +58,8 @@ class Job:
 
     def cancel(self) -> None:
         self.slurm.run("scancel", self.number)
-        self.wait(lambda: self.state == "CANCELLED", "the end of a cancelled job")
         self.slurm.wait_for(lambda: set(self.slurm.node_states().values()) == {"IDLE"}, "idle nodes", 90)
+        assert self.state == "CANCELLED", self.output
 
 
 def test_a_job_whose_node_dies_goes_on_bit_for_bit(slurm, flags, tmp_path):
@@ -76,3 +76,26 @@ def test_a_job_whose_node_dies_goes_on_bit_for_bit(slurm, flags, tmp_path):
     assert len(job.node_outputs) == 2
     ours = losses(job.run)
     assert ours == undisturbed(flags, tmp_path, len(ours))
+
+
+def test_a_job_leaves_ahead_of_its_limit_is_requeued_and_goes_on_bit_for_bit(slurm, flags, tmp_path):
+    """Slurm sends the signal up to 30 s early and looks every 30 s: here between 30 and 60 seconds after the start."""
+    job = Job(slurm, tmp_path, flags, "--time=2", "--signal=USR1@60")
+    job.wait(lambda: "start 2: 2 nodes" in job.output, "the requeue")
+    assert "left early, everything saved" in job.output and int(slurm.job(job.number)["Restarts"]) == 1
+    left_after = int(re.search(r"left on SIGUSR1 after step ([\d,]+)", job.node_outputs[0])[1].replace(",", ""))
+    assert left_after >= 10
+    job.wait(lambda: len(losses(job.run)) >= left_after + 10, "10 steps more")
+    assert f"resuming: step-{left_after:08d}" in job.node_outputs[0]  # not a step twice
+    job.cancel()
+    assert "ended by Slurm, everything saved" in job.output and "left on SIGTERM" in job.node_outputs[0]
+    assert not job.output.count("start 3")
+    ours = losses(job.run)
+    assert ours == undisturbed(flags, tmp_path, len(ours))
+
+
+def test_what_cannot_be_is_refused_in_the_log(slurm, flags, tmp_path):
+    job = Job(slurm, tmp_path, [*flags, "--nnodes=3"], "--time=30")
+    slurm.wait_for(lambda: job.state == "FAILED", "the refusal")
+    assert "--nnodes 3, but srun started 2 x 1 processes" in job.node_outputs[0]
+    assert "failed with exit code 2" in job.output and slurm.job(job.number)["ExitCode"] == "2:0"
