@@ -25,8 +25,7 @@ from lit_gpt.errors import UserError, exit_on_user_error
 from lit_gpt.generation import TextStream, cache_bytes, check_sampling, generate, new_cache
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.training.checkpoint import load_model
-from lit_gpt.training.checkpoint_manifest import META, damage, newest_sound, read_meta
+from lit_gpt.training.weights import Weights
 
 
 @dataclass
@@ -34,7 +33,9 @@ class GenerateArgs:
     """What to continue, with which model, and how to sample."""
 
     checkpoint: Path
-    """A run folder, whose newest checkpoint is taken, or one of its checkpoints/step-* folders."""
+    """A run folder, whose newest checkpoint is taken, one of its checkpoints/step-* folders, or a safetensors file of
+    scripts/convert_checkpoint.py.
+    """
     prompt: str = ""
     """Text to continue; empty: begin a document, if documents begin with a token of their own."""
     prompt_file: Optional[Path] = None
@@ -54,7 +55,7 @@ class GenerateArgs:
     stop: list[str] = field(default_factory=list)
     """Texts, one or more, that end the generation; they are not printed."""
     tokenizer: Optional[Path] = None
-    """Tokenizer folder or file. Default: the one that the run folder keeps."""
+    """Tokenizer folder or file. Default: the one in the run folder, or beside the safetensors file."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -68,17 +69,17 @@ def main(argv: Optional[list[str]] = None) -> None:
     _check(args)
     device = _device(args.accelerator)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    checkpoint = _find_checkpoint(args.checkpoint)
-    meta = read_meta(checkpoint)
-    tokenizer = Tokenizer(args.tokenizer or _tokenizer_of(checkpoint))
-    # A corpus that came without a manifest does not say how its documents begin.
-    prompt = _encode(_prompt(args), tokenizer, meta.get("document_format") or "bos_eos")
-
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    with console.status(f"loading {checkpoint.name}"):
-        model = _load(checkpoint, meta, device, bf16)
+    with console.status(f"checking {args.checkpoint.name}"):
+        weights = Weights.find(args.checkpoint, console.print)
+    tokenizer = Tokenizer(args.tokenizer or _tokenizer_of(weights))
+    # A corpus that came without a manifest does not say how its documents begin.
+    prompt = _encode(_prompt(args), tokenizer, weights.meta.get("document_format") or "bos_eos")
+
+    with console.status(f"loading {weights.path.name}"):
+        model = _load(weights, device, bf16)
     where = f"on {device.type} in {'bf16' if bf16 else 'fp32'}"
-    console.print(f"{checkpoint}: {model.num_parameters():,} parameters, {where}.")
+    console.print(f"{weights.path}: {model.num_parameters():,} parameters, {where}.")
     with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
         for i in range(args.num_samples):
             if args.num_samples > 1:
@@ -154,29 +155,11 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _find_checkpoint(path: Path) -> Path:
-    """The step folder that `path` is, or the newest one of the run folder that it is."""
-    if (path / META).is_file():
-        reason = damage(path, parts=("model",))
-        if reason:
-            raise UserError(f"{path} is damaged: {reason}. Take another checkpoint of that run.")
-        return path
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder. Give a run folder, or one of its checkpoints/step-* folders.")
-    newest, damaged = newest_sound(path / "checkpoints", parts=("model",))
-    for name, reason in damaged.items():
-        print(f"{name} is damaged and left as it is: {reason}.", file=sys.stderr)
-    if newest is None:
-        raise UserError(f"{path} holds no checkpoint. Give a run folder with one, or a checkpoints/step-* folder.")
-    return newest
-
-
-def _tokenizer_of(checkpoint: Path) -> Path:
-    """The tokenizer folder of the run that a checkpoint is part of."""
-    folder = checkpoint.resolve().parent.parent / "tokenizer"
-    if not folder.is_dir():
-        raise UserError(f"the run of {checkpoint} keeps no tokenizer ({folder} is missing). Give it with --tokenizer.")
-    return folder
+def _tokenizer_of(weights: Weights) -> Path:
+    """The tokenizer folder that belongs to weights."""
+    if not weights.tokenizer.is_dir():
+        raise UserError(f"{weights.path} comes without a tokenizer ({weights.tokenizer} is missing). Give --tokenizer.")
+    return weights.tokenizer
 
 
 def _prompt(args: GenerateArgs) -> str:
@@ -199,12 +182,12 @@ def _encode(prompt: str, tokenizer: Tokenizer, document_format: str) -> list[int
     return ids
 
 
-def _load(checkpoint: Path, meta: dict, device: torch.device, bf16: bool) -> GPT:
-    """The model of a checkpoint; with bf16, its matrices in it, which autocast would else cast at every step."""
-    config = ModelConfig.from_dict(meta["model"], str(checkpoint / "meta.json"))
+def _load(weights: Weights, device: torch.device, bf16: bool) -> GPT:
+    """The trained model; with bf16, its matrices in it, which autocast would else cast at every step."""
+    config = ModelConfig.from_dict(weights.meta["model"], str(weights.path))
     with torch.device(device):
         model = GPT(config)
-    load_model(checkpoint, model)
+    weights.load_into(model)
     for module in model.modules():
         if bf16 and isinstance(module, nn.Linear) and module.weight is not model.transformer.wte.weight:
             module.to(torch.bfloat16)

@@ -52,7 +52,7 @@ from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
 from lit_gpt.training.ranks import ending_together, supervise
 from lit_gpt.training.records import Records
-from lit_gpt.training.run_folder import checkpoint_to_resume, open_run_folder, resumable
+from lit_gpt.training.run_folder import decided_by_first, open_run_folder, resumable, where_to_start
 from lit_gpt.training.schedule import learning_rate_at, recipe_flags
 from lit_gpt.training.speed import Speedometer
 from lit_gpt.training.strategy import Layout, build_fabric, build_model, device_bytes
@@ -143,14 +143,10 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, layout: Layout
 
     architecture = {k: v for k, v in config.to_dict().items() if k != "name"}
     identity = {"model": architecture, "data": train.fingerprint, "sequences_per_batch": args.sequences_per_batch}
-    newest, damaged, step, changes = None, {}, 0, []
-    if not args.debug:
-        with console.status("checking the newest checkpoint"):
-            newest, damaged = checkpoint_to_resume(plan.folder, fabric)
-    for name, reason in damaged.items():
-        console.print(f"{name} is damaged and left as it is: {reason}.")
-    if newest:
-        meta, changes = resumable(newest, identity, args.allow_data_change)
+    start = decided_by_first(fabric, lambda: where_to_start(plan.folder, args, architecture, console))
+    step, changes = 0, []
+    if start.checkpoint:
+        meta, changes = resumable(start.checkpoint, identity, args.allow_data_change)
         step = meta["step"]
         here = Origin(step, meta["sequences"], meta["tokens"])
         plan = plan.going_on_from(here if changes else Origin(**meta["origin"]), args.total_tokens)
@@ -178,19 +174,22 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, layout: Layout
         identity=identity,
         step=step,
     )
-    run.checkpoints.go_on_from(run.tokens, damaged)
+    run.checkpoints.go_on_from(run.tokens, start.damaged)
     if changes:
         console.print(f"from step {step} on with another", "\n    ".join(["", *changes]))
         console.print("\n".join(train.describe(plan.sequences_after(plan.total_steps))))
 
     with run.watch:
-        model = build_model(fabric, config, args, seed=None if newest else args.seed)
+        model = build_model(fabric, config, args, seed=None if start.checkpoint else args.seed)
         optimizer = adamw(model.module, args)
-        if newest:
-            run.checkpoints.load(newest, model.module, optimizer)
+        if start.checkpoint:
+            run.checkpoints.load(start.checkpoint, model.module, optimizer)
             run.guard.load_state_dict(meta.get("guard", {}))
             done = "this run is finished" if run.step >= plan.total_steps else "resuming"
-            console.print(f"{done}: {newest.name}, after {run.tokens:,} tokens.")
+            console.print(f"{done}: {start.checkpoint.name}, after {run.tokens:,} tokens.")
+        elif start.weights:
+            start.weights.load_into(model.module)
+            console.print(f"starting from the weights of {start.weights.path}.")
         opened = run.records.opened(run.step, _wandb_options(args, plan))
         with opened, run.checkpoints, torch.autograd.set_detect_anomaly(args.debug):
             fit(run, model, optimizer, train, validation)

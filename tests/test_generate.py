@@ -176,7 +176,7 @@ def test_the_script_runs_on_its_own(trained):
 
 
 def test_wrong_checkpoints(capsys, trained, tmp_path):
-    assert "not a folder" in fail(capsys, tmp_path / "absent")
+    assert "not there" in fail(capsys, tmp_path / "absent")
     assert "no checkpoint" in fail(capsys, tmp_path)
     (tmp_path / "checkpoints" / ".step-00000010.tmp").mkdir(parents=True)
     assert "no checkpoint" in fail(capsys, tmp_path)

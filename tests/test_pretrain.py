@@ -20,40 +20,15 @@ from data import TrainData
 from lit_gpt.model import GPT
 from lit_gpt.tokens.shards import HEADER
 from lit_gpt.training.records import read_metrics
+from tests.runs import STEPS, command_line, losses
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 40
 
 
 @pytest.fixture
 def arguments(tmp_path, tiny_corpus, tiny_model):
-    """Flags of a run of 40 steps of 4 sequences of 32 tokens."""
-
-    def make(**flags) -> list[str]:
-        values = {
-            "train_data_dir": tiny_corpus,
-            "output_root": tmp_path,
-            "exp_name": "test",
-            "model_name": tiny_model,
-            "train_config": "debug",
-            "sequences_per_batch": 4,
-            "sequence_length": 32,
-            "total_tokens": STEPS * 4 * 32,
-            "learning_rate": 1e-2,
-            "micro_batch_size": 2,
-            "log_step_interval": 1,
-            "eval_step_interval": 20,
-            "save_step_interval": 17,
-            "eval_iters": 1,
-            "accelerator": "cpu",
-        }
-        return [f"--{k}={v}" for k, v in {**values, **flags}.items()]
-
-    return make
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    """The command line of a run of 40 steps of 4 sequences of 32 tokens, with other flags."""
+    return lambda **others: command_line(tiny_corpus, tiny_model, tmp_path, **others)
 
 
 def evaluations(folder: Path) -> list[dict]:
@@ -65,7 +40,7 @@ def evaluations(folder: Path) -> list[dict]:
 def undisturbed(tmp_path_factory, tiny_corpus, tiny_model):
     """The run folder of 40 steps in one go."""
     root = tmp_path_factory.mktemp("undisturbed")
-    pretrain.setup(arguments.__wrapped__(root, tiny_corpus, tiny_model)())
+    pretrain.setup(command_line(tiny_corpus, tiny_model, root))
     return root / "outputs" / "debug_test"
 
 

@@ -66,6 +66,10 @@ class RecordArgs:
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep."""
+    init_from: Optional[Path] = None
+    """Start a new run from the weights of a run folder, a checkpoint or a safetensors file of the same model; position,
+    schedule and optimizer begin anew. A run that has checkpoints of its own goes on from those.
+    """
     milestone_tokens: int = 0
     """Keep for good the first checkpoint at or after each multiple of this many tokens; 0: none."""
     eval_iters: int = 15

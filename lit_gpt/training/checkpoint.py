@@ -61,7 +61,7 @@ class Checkpoints:
         self.failure: Optional[str] = None
         """Why the last save failed, if it did."""
         if fabric.is_global_zero:
-            self._sweep()
+            sweep(self.folder)
 
     def go_on_from(self, tokens: int, damaged: Iterable[str]) -> None:
         """Say how many tokens the newest sound checkpoint has seen, and which checkpoints are damaged: those are
@@ -85,7 +85,7 @@ class Checkpoints:
         self.thread.start()
 
     def finished(self) -> list[dict]:
-        """The saves that ended since the last call, for the records: with `checkpoint`, the name, or with `error`."""
+        """The saves that ended since the last call, for the records: with `checkpoint`, its name, or `save_error`."""
         ended, self.ended = self.ended, []
         return ended
 
@@ -114,7 +114,8 @@ class Checkpoints:
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Fill model and optimizer from a checkpoint. Raises UserError if it does not hold them."""
         tensors, state = _tensors(model, optimizer)
-        _load(tensors, [("model.", f) for f in files_of(path, "model")] + _optimizer_files(path), path, self.group)
+        files = [(f"{part}.", file) for part in ("model", "optimizer") for file in files_of(path, part)]
+        _load(tensors, files, path, self.group)
         set_state_dict(model, optimizer, model_state_dict=state[0], optim_state_dict=state[1])
 
     def _stage(self, tensors: dict[str, Tensor]) -> Optional[torch.cuda.Event]:
@@ -139,35 +140,17 @@ class Checkpoints:
         """Write what was staged. In a thread; its outcome goes to `ended` and `failure`."""
         began = time.perf_counter()
         path = self.folder / f"step-{meta['step']:08d}"
-        temporary = path.with_name(f".{path.name}.tmp")
-
-        def begin() -> None:
-            self._sweep()
-            temporary.mkdir(parents=True)
-
-        def commit(files: dict[str, dict]) -> None:
-            write_json(temporary / META, {"format": FORMAT, **meta})
-            size, digest = (temporary / META).stat().st_size, sha256_of_file(temporary / META)
-            write_manifest(temporary, {**files, META: {"bytes": size, "sha256": digest}})
-            if path.exists():  # a damaged one, or left by a run that was set back to an earlier checkpoint
-                _remove(path)
-            os.rename(temporary, path)
-            sync_folder(self.folder)
-
         record = {"step": meta["step"], "tokens": meta.get("tokens")}
         try:
             if copied is not None:
                 copied.synchronize()
-            writer = Writer(temporary, self.fabric.global_rank, begin, commit)
-            dcp.save(tensors, storage_writer=writer, planner=StagedPlanner(self.staged), process_group=self.group)
+            write_checkpoint(path, tensors, self.staged, meta, self.fabric.global_rank, self.group)
             self.failure, self.tokens = None, meta.get("tokens", 0)
             record["checkpoint"] = path.name
             if self.fabric.is_global_zero:
                 self._prune(path)
         except (Exception, CheckpointException) as error:  # the latter, no Exception, tells what failed on any rank
-            self.failure = record["error"] = _reason(error)
-            if self.fabric.is_global_zero:
-                shutil.rmtree(temporary, ignore_errors=True)
+            self.failure = record["save_error"] = _reason(error)
         self.ended.append({**record, "seconds": time.perf_counter() - began, "stall_seconds": stall})
 
     def _prune(self, newest: Path) -> None:
@@ -179,21 +162,61 @@ class Checkpoints:
                 if not read_meta(path).get("milestone"):
                     _remove(path)
 
-    def _sweep(self) -> None:
-        """Remove what a kill during a save or a removal left behind."""
-        for leftover in self.folder.glob(".step-*.tmp"):
-            shutil.rmtree(leftover)
+
+def write_checkpoint(
+    path: Path,
+    tensors: dict[str, Tensor],
+    staged: dict[str, Tensor],
+    meta: dict,
+    rank: int = 0,
+    group: Optional[dist.ProcessGroup] = None,
+) -> None:
+    """Write one checkpoint folder, all ranks of the group together: complete, or not at all.
+
+    Args:
+        tensors: {"model.<name>" or "optimizer.<name>": tensor}, those of which this rank saves its piece.
+        staged: the same names and this rank's pieces on the CPU.
+        meta: what the checkpoint says of itself.
+
+    Raises:
+        CheckpointException: some rank could not write.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+
+    def begin() -> None:
+        sweep(path.parent)
+        temporary.mkdir(parents=True)
+
+    def commit(files: dict[str, dict]) -> None:
+        write_json(temporary / META, {"format": FORMAT, **meta})
+        size, digest = (temporary / META).stat().st_size, sha256_of_file(temporary / META)
+        write_manifest(temporary, {**files, META: {"bytes": size, "sha256": digest}})
+        if path.exists():  # a damaged one, or left by a run that was set back to an earlier checkpoint
+            _remove(path)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
+
+    try:
+        writer = Writer(temporary, rank, begin, commit)
+        dcp.save(tensors, storage_writer=writer, planner=StagedPlanner(staged), process_group=group)
+    finally:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # there only after a failure
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill during a save or a removal left behind."""
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Fill only the model, from a checkpoint or a file of `read_weights_meta`. Raises UserError if it does not fit."""
+    """Fill only the model, from a checkpoint or one safetensors file, all ranks together. Raises UserError if they do
+    not fit.
+    """
     state = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
     files = files_of(path, "model") if path.is_dir() else [path]
     _load(state, [("model.", file) for file in files], path, None)
-
-
-def _optimizer_files(path: Path) -> list[tuple[str, Path]]:
-    return [("optimizer.", file) for file in files_of(path, "optimizer")]
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], tuple[dict, dict]]:

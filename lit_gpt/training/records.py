@@ -119,11 +119,13 @@ class Records:
         return due and not any(r["step"] == step and "blocks" in r for r in read_metrics(self.path))
 
     def checkpoints(self, ended: list[dict]) -> None:
-        """Saves that ended: each has `checkpoint`, its name, or `error`, why there is none."""
+        """Saves that ended: each has `checkpoint`, its name, or `save_error`, why there is none."""
         for record in ended:
             begin = f"step {record['step']:>7,}  "
-            if "error" in record:
-                text = f"{begin}CHECKPOINT NOT SAVED: {record['error']}. Training goes on; the next save tries again."
+            if "save_error" in record:
+                text = (
+                    f"{begin}CHECKPOINT NOT SAVED: {record['save_error']}. Training goes on; the next save tries again."
+                )
                 self._write(record, text, "bold red")
             else:
                 text = f"{begin}checkpoint {record['checkpoint']} (written in {record['seconds']:.1f} s"
@@ -150,7 +152,7 @@ class Records:
             summary["median_tokens_per_second"] = statistics.median(r["tokens_per_second"] for r in training)
         if evaluations:
             summary |= evaluations[-1]
-        failed = [r for r in records if "error" in r]
+        failed = [r for r in records if "save_error" in r]
         if failed:
             summary["failed_saves"] = len(failed)
         with explain_full_disk(self.folder):
@@ -161,7 +163,7 @@ class Records:
         for name in ("config.yaml", "metrics.jsonl", "loss.png", "summary.json", "checkpoints"):
             self.console.print(f"{'written':>26}  {self.folder / name}")
         for record in failed:
-            text = f"{'not saved':>26}  the checkpoint of step {record['step']:,}: {record['error']}"
+            text = f"{'not saved':>26}  the checkpoint of step {record['step']:,}: {record['save_error']}"
             self.console.print(text, style="bold red")
 
     def _write(self, record: dict, text: str, style: Optional[str] = None) -> None:

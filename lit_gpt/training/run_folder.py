@@ -2,18 +2,24 @@
 
 import fcntl
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Optional
+from typing import IO, Optional, TypeVar
 
 import yaml
 from lightning.fabric import Fabric
+from rich.console import Console
 
 from lit_gpt.errors import UserError
 from lit_gpt.files import write_atomically
 from lit_gpt.tokens.storage import AnyPath, copy_folder
+from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint_manifest import newest_sound, read_meta
 from lit_gpt.training.records import read_metrics
+from lit_gpt.training.weights import Weights
 
+Answer = TypeVar("Answer")
 LOCK = ".lock"
 DATA_CHANGES = ("data.corpora.", "data.sequence_length", "data.shuffle_unit", "data.document_reset")
 """What of a run's identity --allow_data_change lets a resume change, and the batch with it."""
@@ -45,23 +51,53 @@ def open_run_folder(folder: Path, resolved: dict, tokenizer: AnyPath, fresh: boo
     return lock
 
 
-def checkpoint_to_resume(folder: Path, fabric: Fabric) -> tuple[Optional[Path], dict[str, str]]:
-    """The newest sound checkpoint of a run, None if it has not saved any yet, and what is wrong with newer ones, by
-    their names. The first rank looks and tells the others.
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    checkpoint: Optional[Path] = None
+    """Its own newest sound checkpoint, if it has saved any."""
+    damaged: tuple[str, ...] = ()
+    """Names of newer checkpoints, which are damaged."""
+    weights: Optional[Weights] = None
+    """Else those of --init_from, if given."""
+
+
+def where_to_start(folder: Path, args: PretrainArgs, architecture: dict, console: Console) -> Start:
+    """Look for the newest sound checkpoint of a run and for --init_from, and say what is wrong with newer ones.
 
     Raises:
-        UserError: all are damaged, or they are gone; such a run is not started over.
+        UserError: all checkpoints are damaged, or they are gone: such a run is not started over. Or the weights of
+            --init_from are damaged, or of another model.
     """
+    checkpoint, damaged = None, {}
+    if not args.debug:
+        with console.status("checking the newest checkpoint"):
+            checkpoint, damaged = newest_sound(folder / "checkpoints")
+        saved = [r["checkpoint"] for r in read_metrics(folder / "metrics.jsonl") if "checkpoint" in r]
+        if checkpoint is None and saved:
+            raise UserError(
+                f"{folder} has trained up to {saved[-1]}, but its checkpoints are gone. "
+                "Put them back, or start over with another --exp_name."
+            )
+    for name, reason in damaged.items():
+        console.print(f"{name} is damaged and left as it is: {reason}.", soft_wrap=True)
+    if checkpoint or not args.init_from:
+        return Start(checkpoint, tuple(damaged))
+    weights = Weights.find(args.init_from, console.print)
+    then, now = _flat({"model": weights.meta["model"]}), _flat({"model": architecture})
+    changed = [f"{key} ({then.get(key)} there)" for key in sorted({**then, **now}) if then.get(key) != now.get(key)]
+    if changed:
+        raise UserError(f"--init_from {args.init_from} is another model: {', '.join(changed)}. Use its --model_name.")
+    return Start(weights=weights)
+
+
+def decided_by_first(fabric: Fabric, decide: Callable[[], Answer]) -> Answer:
+    """What `decide` returns on the first rank, on every rank; likewise the UserError that it raises."""
     answer = None
     if fabric.is_global_zero:
         try:
-            answer = newest_sound(folder / "checkpoints")
-            saved = [r["checkpoint"] for r in read_metrics(folder / "metrics.jsonl") if "checkpoint" in r]
-            if answer[0] is None and saved:
-                raise UserError(
-                    f"{folder} has trained up to {saved[-1]}, but its checkpoints are gone. "
-                    "Put them back, or start over with another --exp_name."
-                )
+            answer = decide()
         except UserError as error:
             answer = error
     answer = fabric.broadcast(answer)

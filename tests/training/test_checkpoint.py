@@ -174,7 +174,7 @@ def test_a_save_that_fails_leaves_the_one_before_and_the_next_one_works(checkpoi
     with monkeypatch.context() as patch:
         patch.setattr(f"lit_gpt.training.checkpoint.{moment}", full)
         record = save(checkpoints, model, optimizer, 2)
-    assert record["error"] == "No space left on device" and "checkpoint" not in record and record["step"] == 2
+    assert record["save_error"] == "No space left on device" and "checkpoint" not in record and record["step"] == 2
     assert steps_in(checkpoints) == [1] and damage(checkpoints.folder / "step-00000001") is None
     with pytest.raises(UserError, match=r"No space left.*step-00000001") as error:
         checkpoints.require_saved()

@@ -56,7 +56,7 @@ def test_summary_and_picture_come_from_the_lines(tmp_path):
 
 def test_a_failed_save_is_loud_at_once_recorded_and_told_again(tmp_path, capsys):
     records = Records(tmp_path, total_steps=2, active=True)
-    failed = {"step": 1, "tokens": 10, "error": "No space left on device", "seconds": 0.1, "stall_seconds": 0.0}
+    failed = {"step": 1, "tokens": 10, "save_error": "No space left on device", "seconds": 0.1, "stall_seconds": 0.0}
     with records.opened(0):
         records.checkpoints([failed])
         assert "CHECKPOINT NOT SAVED: No space left on device" in capsys.readouterr().out
