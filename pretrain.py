@@ -47,6 +47,7 @@ from lit_gpt.training.checkpoint import Checkpoints
 from lit_gpt.training.cluster import processes
 from lit_gpt.training.describe import describe, resolved
 from lit_gpt.training.guards import Guard
+from lit_gpt.training.health import examine
 from lit_gpt.training.leaving import EXIT_CODE, Leaving, Poll
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
@@ -61,7 +62,7 @@ from lit_gpt.training.watch import PATIENCE, Watch
 POSITIVE = ("sequences_per_batch", "sequence_length", "total_tokens", "num_extrapol", "keep_checkpoints")
 POSITIVE += ("log_step_interval", "eval_step_interval", "save_step_interval", "max_skipped_in_a_row")
 NOT_NEGATIVE = ("micro_batch_size", "train_num_workers", "eval_iters", "learning_rate", "weight_decay", "grad_clip")
-NOT_NEGATIVE += ("milestone_tokens", "nnodes", "spike_deviations", "hang_minutes")
+NOT_NEGATIVE += ("milestone_tokens", "nnodes", "spike_deviations", "hang_minutes", "health_step_interval")
 
 
 @dataclass
@@ -234,6 +235,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             loss = accumulate(run, model, batches)
+            if args.health_step_interval and plan.due(run.step, args.health_step_interval):
+                run.records.health(run.position | examine(fabric, model, batches.kept[-1]))
             grad_norm = fabric.clip_gradients(
                 model, wrapped_optimizer, max_norm=args.grad_clip or math.inf, error_if_nonfinite=False
             )

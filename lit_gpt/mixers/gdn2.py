@@ -126,6 +126,18 @@ class GatedDeltaNet2(nn.Module):
         w = b if c.write == "tied" else torch.sigmoid(write).unflatten(-1, heads)
         return g.expand(*shape, c.head_dim), b.expand(*shape, c.head_dim), w.expand(*shape, c.value_dim)
 
+    @torch.no_grad()
+    def inspect(self, x: Tensor, documents: Optional[Documents] = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What forward makes of x [B, T, D], to be looked at: g, b [B, T, HV, K], w [B, T, HV, V], and the state
+        [B, HV, K, V] after the last token.
+        """
+        qkv, decay, erase, write, _ = self.in_proj(x).split(self.branches, dim=-1)
+        q, k, v = self._convolve(qkv, documents, None)
+        g, b, w = self._gates(self.decay_up(decay), erase, write)
+        reset = g if documents is None else g.masked_fill(documents.starts[:, :, None, None], -torch.inf)
+        _, state = chunk_gdn2(q, k, v, reset, b, w, None, None, True, use_qk_l2norm_in_kernel=True)
+        return g, b, w, state
+
     def _decode(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, erase: Tensor, write: Tensor, state: Tensor
     ) -> Tensor:

@@ -72,6 +72,8 @@ class RecordArgs:
     """
     milestone_tokens: int = 0
     """Keep for good the first checkpoint at or after each multiple of this many tokens; 0: none."""
+    health_step_interval: int = 100
+    """Steps between two looks at gradient and parameter norms, gates and states (health.png); 0: none."""
     eval_iters: int = 15
     """Validation batches, each of 8 blocks, per evaluation; 0: the whole validation split."""
     num_extrapol: int = 4

@@ -9,7 +9,6 @@ The host never waits: one reduction carries loss, gradient norm and votes to lea
 the device (`found_inf` of fused AdamW); the host reads it one step later, or at once where it has to log or save.
 """
 
-import io
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +18,15 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import write_atomically
 from lit_gpt.tokens.batch import Batch
 from lit_gpt.training.args import SafetyArgs
 from lit_gpt.training.delayed import DelayedRead, mean_over_ranks
 from lit_gpt.training.leaving import Leaving
 from lit_gpt.training.plan import Plan
 from lit_gpt.training.records import Records
+from lit_gpt.training.replay import KeptBatch
 
 
 class SpikeDetector:
@@ -132,8 +130,6 @@ class Guard:
             loss: mean over this rank's sequences.
             grad_norm: norm of the gradient of the global batch before it was clipped.
         """
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
         report = torch.cat([torch.stack([loss, grad_norm]).float(), self.leaving.votes(loss.device)])
         report = mean_over_ranks(report)
         loss, grad_norm = report[:2]
@@ -210,19 +206,15 @@ class Guard:
     def _dump(self, path: Path, verdict: Verdict) -> None:
         """Keep this rank's part of a step's batch: where it stands in the run, and its tokens."""
         rank, world, rows = self.fabric.global_rank, self.fabric.world_size, self.plan.micro_batch
-        ago = len(self._reports)  # steps done since
-        count = self.plan.accumulation
-        kept = list(self.batches.kept)
-        batches = kept[len(kept) - (ago + 1) * count : len(kept) - ago * count]
+        count, ago = self.plan.accumulation, len(self._reports)  # steps done since
+        recent = list(self.batches.kept)
         first = self.plan.sequences_after(verdict.step - 1)
-        arrays = {"step": verdict.step, "loss": verdict.loss, "grad_norm": verdict.grad_norm}
-        arrays |= {"rank": rank, "world_size": world, "micro_batches": count}
-        for i, batch in enumerate(batches):
-            arrays[f"sequences_{i}"] = first + (i * world + rank) * rows + np.arange(rows)
-            arrays[f"tokens_{i}"] = batch.tokens.numpy().astype(np.uint32)
-            if batch.cu_seqlens is not None:
-                arrays[f"cu_seqlens_{i}"] = batch.cu_seqlens.numpy()
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, content.getvalue())
+        KeptBatch(
+            step=verdict.step,
+            rank=rank,
+            world_size=world,
+            loss=verdict.loss,
+            grad_norm=verdict.grad_norm,
+            sequences=[first + (i * world + rank) * rows + np.arange(rows) for i in range(count)],
+            batches=recent[len(recent) - (ago + 1) * count : len(recent) - ago * count],
+        ).save(path)

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lit_gpt.errors import UserError
 from lit_gpt.files import explain_full_disk, write_atomically, write_json
-from lit_gpt.training.plot import plot_losses
+from lit_gpt.training.health import summary_line
+from lit_gpt.training.plot import plot_health, plot_losses
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -49,6 +50,15 @@ def read_metrics(path: Path) -> list[dict]:
         except ValueError as error:
             raise UserError(f"{path} line {len(records) + 1} is not JSON: {error}. Mend or remove it.") from error
     return records
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, for which JSON has no form."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Records:
@@ -109,6 +119,10 @@ class Records:
         )
         self.plot()
 
+    def health(self, record: dict) -> None:
+        """What health.examine found."""
+        self._write(record, f"step {record['step']:>7,}  {summary_line(record['health'])}")
+
     def note(self, record: dict, text: str) -> None:
         """Something out of the ordinary: at least step and tokens, and what happened under a key of its own."""
         self._write(record, text)
@@ -135,9 +149,12 @@ class Records:
         if not self.active:
             return
         try:
-            plot_losses(read_metrics(self.path), self.folder / "loss.png", self.folder.name)
+            records = read_metrics(self.path)
+            plot_losses(records, self.folder / "loss.png", self.folder.name)
+            if any("health" in r for r in records):
+                plot_health(records, self.folder / "health.png", self.folder.name)
         except OSError as error:
-            self.console.print(f"loss.png could not be drawn: {error.strerror or error}.", style="bold red")
+            self.console.print(f"a picture could not be drawn: {error.strerror or error}.", style="bold red")
 
     def summarize(self, facts: dict) -> None:
         """Write summary.json, of what was recorded and the facts given, and the last plot; say where all lies."""
@@ -160,8 +177,17 @@ class Records:
         self.plot()
         for name, value in summary.items():
             self.console.print(f"{name:>26}  {value:,.4f}" if isinstance(value, float) else f"{name:>26}  {value}")
-        for name in ("config.yaml", "metrics.jsonl", "loss.png", "summary.json", "checkpoints"):
-            self.console.print(f"{'written':>26}  {self.folder / name}")
+        for name in (
+            "config.yaml",
+            "metrics.jsonl",
+            "loss.png",
+            "health.png",
+            "summary.json",
+            "checkpoints",
+            "skipped",
+        ):
+            if (self.folder / name).exists():
+                self.console.print(f"{'written':>26}  {self.folder / name}")
         for record in failed:
             text = f"{'not saved':>26}  the checkpoint of step {record['step']:,}: {record['save_error']}"
             self.console.print(text, style="bold red")
@@ -170,8 +196,7 @@ class Records:
         if not self.active:
             return
         self.console.print(text, style=style)
-        # JSON has no number for what is not finite
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        record = _finite(record)
         self.pending.append(record)
         try:
             self._append()
