@@ -13,6 +13,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lit_gpt.config import ModelConfig
@@ -78,6 +79,9 @@ def gate_statistics(fabric: Fabric, model: nn.Module, batch: Batch) -> Optional[
     finally:
         for hook in hooks:
             hook.remove()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # without a backward pass the outermost would stay whole,
+                module.reshard()  # and hide its gradients from whoever asks for parameters
     statistics = torch.stack([seen[mixer] for mixer in mixers])
     largest = statistics[:, -1].clone()
     mean_over_ranks(statistics)
