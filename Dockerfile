@@ -6,6 +6,6 @@ FROM ${BASE}
 WORKDIR /workspace
 COPY pyproject.toml constraints.txt README.md ./
 COPY lit_gpt lit_gpt
-COPY data.py ./
+COPY cache.py data.py ./
 RUN python -m pip install --no-cache-dir --constraint constraints.txt --editable ".[wandb]"
 COPY . .

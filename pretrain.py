@@ -57,6 +57,7 @@ from lit_gpt.training.run_folder import decided_by_first, open_run_folder, resum
 from lit_gpt.training.schedule import learning_rate_at, recipe_flags
 from lit_gpt.training.speed import Speedometer
 from lit_gpt.training.strategy import Layout, build_fabric, build_model, device_bytes
+from lit_gpt.training.warm_up import open_cache, warm_up
 from lit_gpt.training.watch import PATIENCE, Watch
 
 POSITIVE = ("sequences_per_batch", "sequence_length", "total_tokens", "num_extrapol", "keep_checkpoints")
@@ -141,6 +142,10 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, layout: Layout
     if args.dry_run:
         console.print("dry run: everything checked, nothing written.")
         return
+    cache = open_cache(fabric, args.compile_cache_dir or args.output_root / "compile_cache")
+    if args.warm_up:
+        console.print(warm_up(fabric, args, plan, config, cache), soft_wrap=True)
+        return
 
     architecture = {k: v for k, v in config.to_dict().items() if k != "name"}
     identity = {"model": architecture, "data": train.fingerprint, "sequences_per_batch": args.sequences_per_batch}
@@ -195,7 +200,7 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, layout: Layout
         with opened, run.checkpoints, torch.autograd.set_detect_anomaly(args.debug):
             fit(run, model, optimizer, train, validation)
             if not leaving.agreed:
-                counts = {"epochs": train.epochs(run.sequences), **run.guard.counts}
+                counts = {"epochs": train.epochs(run.sequences), **run.guard.counts, **(cache.counts if cache else {})}
                 run.records.summarize({**run.position, **counts, "parameters": model.module.num_parameters()})
             run.checkpoints.require_saved()
     if leaving.agreed:

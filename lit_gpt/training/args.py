@@ -46,6 +46,14 @@ class RunArgs:
     """
     dry_run: bool = False
     """Resolve, count and check everything, print it, and stop before anything is written."""
+    warm_up: bool = False
+    """Compile every kernel that the run needs into the compile cache, on random tokens, and stop; the run folder is
+    left alone.
+    """
+    compile_cache_dir: Optional[Path] = None
+    """Where compiled kernels are kept for ranks, nodes and restarts to share, whatever TRITON_CACHE_DIR says; by
+    default <output_root>/compile_cache. `python cache.py <folder>` shows what is there.
+    """
     nnodes: int = 0
     """Machines; 0: those on which srun or torchrun started this run, or else this one."""
     devices: str = "auto"
