@@ -1,6 +1,7 @@
 """The Gated DeltaNet-2 layer."""
 
 import math
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_gpt.config import GDN2Config
 from lit_gpt.documents import Documents
+from lit_gpt.ops.gated_norm import gated_rms_norm
 from lit_gpt.ops.gdn2 import chunk_gdn2, fused_recurrent_gdn2
 from lit_gpt.ops.rms_norm import RMSNorm
 from lit_gpt.ops.short_conv import short_conv
@@ -29,17 +31,14 @@ class ShortConvolution(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
 
+@dataclass
 class RecurrentCache:
-    """State [B, HV, K, V] in fp32 and the last W-1 inputs of the convolution [B, W-1, C]: all that GDN-2 keeps of the
-    past.
-    """
+    """All that GDN-2 keeps of the past; both are updated in place."""
 
-    def __init__(self, state: Tensor, inputs: Tensor):
-        self.state, self.inputs = state, inputs
-
-    def advance(self, inputs: Tensor) -> None:
-        """Take in the convolution inputs [B, T, C] of the new tokens."""
-        self.inputs.copy_(torch.cat([self.inputs, inputs.to(self.inputs.dtype)], dim=1)[:, inputs.shape[1] :])
+    state: Tensor
+    """[B, HV, K, V] in fp32."""
+    inputs: Tensor
+    """The last W-1 inputs of the convolution [B, W-1, C]."""
 
 
 class GatedDeltaNet2(nn.Module):
@@ -94,27 +93,19 @@ class GatedDeltaNet2(nn.Module):
             if documents is not None:  # a decay of exp(-inf) = 0 forgets all there was; the operator is exact there
                 g = g.masked_fill(documents.starts[:, :, None, None], -torch.inf)
             state = None if cache is None else cache.state
-            goes_on = cache is not None
-            o, state = chunk_gdn2(q, k, v, g, b, w, None, state, goes_on, use_qk_l2norm_in_kernel=True)
-            if goes_on:
-                cache.state.copy_(state)
-        if cache is not None:
-            cache.advance(qkv)
-        activation = F.silu if self.config.output_gate == "silu" else torch.sigmoid
-        o = self.o_norm(o) * activation(self.gate_up(gate)).view_as(o)
+            o, last = chunk_gdn2(q, k, v, g, b, w, None, state, state is not None, use_qk_l2norm_in_kernel=True)
+            if state is not None:
+                state.copy_(last)
+        o = gated_rms_norm(o, self.o_norm.weight, self.gate_up(gate), self.o_norm.eps, self.config.output_gate)
         return self.o_proj(o.flatten(2))
 
     def _convolve(self, qkv: Tensor, documents: Optional[Documents], cache: Optional[RecurrentCache]) -> list[Tensor]:
         """Inputs [B, T, C] -> q, k [B, T, H, K], v [B, T, HV, V]."""
         c = self.config
-        positions = None if documents is None else documents.positions
-        qkv = short_conv(qkv, self.conv.weight, positions, None if cache is None else cache.inputs)
-        q, k, v = qkv.split([c.num_heads * c.head_dim] * 2 + [c.value_heads * c.value_dim], dim=-1)
-        return [
-            q.unflatten(-1, (c.num_heads, -1)),
-            k.unflatten(-1, (c.num_heads, -1)),
-            v.unflatten(-1, (c.value_heads, -1)),
-        ]
+        sizes = [c.num_heads * c.head_dim, c.num_heads * c.head_dim, c.value_heads * c.value_dim]
+        positions, history = documents and documents.positions, cache and cache.inputs
+        pieces = short_conv(qkv, self.conv.weight, sizes, positions, history)
+        return [x.unflatten(-1, (heads, -1)) for x, heads in zip(pieces, (c.num_heads, c.num_heads, c.value_heads))]
 
     def _gates(self, decay: Tensor, erase: Tensor, write: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Branches [B, T, .] -> g, b [B, T, HV, K], w [B, T, HV, V]; the decay in fp32 at least."""

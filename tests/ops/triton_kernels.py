@@ -15,6 +15,7 @@ The interpreter computes dots of bf16 wrongly; kernels without dots are right in
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +34,25 @@ def run_interpreted(path: str, timeout: int = 300) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout[-1000:]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+def compile_for(kernel, arch: int, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
+    """The PTX of a kernel for sm_<arch>, compiled down to machine code without a GPU; so much of Triton's language that
+    the interpreter takes does not compile. Arguments that neither `types` nor `constants` names are i32.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    values = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    assert compiled.asm["cubin"]
+    return compiled.asm["ptx"]

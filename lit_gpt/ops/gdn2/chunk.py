@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_gpt.errors import UserError
+from lit_gpt.ops.dispatch import runs_fused
 from lit_gpt.ops.gdn2.inputs import (
     accumulation_dtype,
     activate_gate,
@@ -240,11 +241,6 @@ def keys_in_chunks(layout: ChunkLayout, dtype, q, k, g, b, scale: float) -> tupl
     torch.mul(b, k, out=qe[..., 1, :])
     torch.exp(g, out=decay)
     return qe.view(-1, C, 2, K), k_.copy_(k).view(-1, C, K), decay.view(-1, C, K)
-
-
-def runs_fused(*tensors: Tensor) -> bool:
-    """Whether chunk_gdn2 runs the Triton kernels: on CUDA, but for float64, which only the plain path takes."""
-    return tensors[0].is_cuda and accumulation_dtype(*tensors) == torch.float32
 
 
 def chunk_gdn2(

@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 
 from lit_gpt.errors import UserError
-from lit_gpt.ops.gdn2.chunk import runs_fused
+from lit_gpt.ops.dispatch import runs_fused
 from lit_gpt.ops.gdn2.inputs import (
     accumulation_dtype,
     activate_gate,
