@@ -1,5 +1,7 @@
 """A run of a few seconds, and its records."""
 
+import contextlib
+import os
 from pathlib import Path
 
 from lit_gpt.training.records import read_metrics
@@ -33,3 +35,16 @@ def command_line(corpus: Path, model: Path, root: Path, **others) -> list[str]:
 def losses(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) of every logged step."""
     return [(r["step"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+
+
+def files_in(folder: Path) -> set[str]:
+    """Every file below a run folder, and every folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def train_quietly(argv: list[str]) -> None:
+    """What a process forked off one that has imported everything does: `pretrain.py` with this command line."""
+    import pretrain
+
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        pretrain.setup(argv)

@@ -201,10 +201,9 @@ class Records:
         try:
             self._append()
         except OSError as error:
-            reason = error.strerror or error
-            self.console.print(
-                f"metrics.jsonl cannot be written: {reason}. Its lines wait in memory.", style="bold red"
-            )
+            if len(self.pending) == 1:  # said once, until it works again
+                text = f"metrics.jsonl cannot be written: {error.strerror or error}. Its lines wait in memory."
+                self.console.print(text, style="bold red")
         if self.wandb is not None and "stall_seconds" not in record:  # a save ends some steps later: out of order there
             self.wandb.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
 

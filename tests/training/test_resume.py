@@ -1,10 +1,12 @@
 """Resumes after damage, on a full disk, with milestones: the training entry and its checkpoints together."""
 
+import contextlib
 import errno
 import gc
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -126,3 +128,51 @@ def test_leftovers_of_kills_are_removed_even_where_nothing_is_left_to_train(copy
     pretrain.setup(command())
     assert set(os.listdir(copy)) == before
     assert ".step-00000041.tmp" not in os.listdir(copy / "checkpoints")
+
+
+@contextlib.contextmanager
+def tmpfs(folder):
+    """A disk of four megabytes at `folder`."""
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_during_saves_and_lines(undisturbed, tmp_path, command, monkeypatch, capsys):
+    """The disk has no byte left from the end of step 18 to that of step 30; saves are due at 20, 25 and 30."""
+    disk, ballast = tmp_path / "disk", tmp_path / "disk" / "ballast"
+    disk.mkdir()
+    real = pretrain.Records.step
+
+    def step(self, current):
+        real(self, current)
+        if current == 18:
+            with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if current == 28:
+            checkpoints = disk / "outputs" / "debug_test" / "checkpoints"
+            names = sorted(p.name for p in checkpoints.glob("step-*"))
+            assert names == ["step-00000010", "step-00000015"]
+            assert all(damage(checkpoints / name) is None for name in names)
+        if current == 31:
+            ballast.unlink()
+
+    with tmpfs(disk):
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain.Records, "step", step)
+            pretrain.setup(command(output_root=disk, save_step_interval=5, keep_checkpoints=2))
+        folder, reference = disk / "outputs" / "debug_test", undisturbed / "outputs" / "debug_test"
+        assert losses(folder) == losses(reference)
+        failed = [r for r in read_metrics(folder / "metrics.jsonl") if "save_error" in r]
+        assert [r["step"] for r in failed] == [20, 25, 30] and "No space left" in failed[0]["save_error"]
+        assert sorted(os.listdir(folder / "checkpoints")) == ["step-00000035", "step-00000040"]
+        out = capsys.readouterr().out
+        assert out.count("CHECKPOINT NOT SAVED: No space left on device") == 3
+        assert (
+            out.count("metrics.jsonl cannot be written: No space left") == 1
+            and out.count("not saved  the checkpoint") == 3
+        )
