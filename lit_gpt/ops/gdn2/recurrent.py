@@ -144,7 +144,8 @@ def fused_recurrent_gdn2(
     last = state.transpose(-1, -2) if state_v_first and state is not None else state
     recurrent_gdn2_fused(
         q, k, v, g, b, w, A_log, dt_bias, None if inplace_final_state else first, cu_seqlens, o, last,
-        scale, inplace_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound, sigmoid_ranges,
+        scale, inplace_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound,
+        None if sigmoid_ranges is None else list(sigmoid_ranges),
     )  # fmt: skip
     return o, state
 

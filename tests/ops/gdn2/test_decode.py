@@ -6,7 +6,7 @@ import torch
 from lit_gpt.errors import UserError
 from lit_gpt.ops.gdn2 import fused_recurrent_gdn2, naive_recurrent_gdn2, recurrent
 from lit_gpt.ops.gdn2.inputs import activate_gate, l2_normalize
-from tests.ops.triton_kernels import AGAIN, DEVICE, GPU, run_interpreted, runs_kernels
+from tests.ops.triton_kernels import AGAIN, DEVICE, GPU, INTERPRETED, compile_for, run_interpreted, runs_kernels
 
 pytest.importorskip("triton", reason="the kernel needs Triton")
 
@@ -24,7 +24,7 @@ def kernel_on_every_device(monkeypatch):
         monkeypatch.setattr(recurrent, "runs_fused", lambda *tensors: True)
 
 
-def draw(B=2, T=1, H=2, HV=2, K=16, V=16, N=None, dtype=torch.float32):
+def draw(B=2, T=1, H=2, HV=2, K=16, V=8, N=None, dtype=torch.float32):
     """q, k, v, raw g, raw b, raw w of the operator, and first states."""
     rng = torch.Generator().manual_seed(T)
     normal = lambda *shape: torch.randn(shape, generator=rng)
@@ -58,9 +58,16 @@ def assert_close(found, expected, tolerance):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [dict(), dict(H=1, HV=3, K=20, V=24), dict(B=1, T=7, K=64, V=40), dict(T=3, V=100)])
-def test_equals_the_definition(shape, dtype):
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [
+        (torch.float32, dict()),
+        (torch.float32, dict(H=1, HV=3, K=20, V=24)),
+        (torch.bfloat16, dict(B=1, T=5, H=1, HV=1, K=64, V=36)),
+        (torch.float16, dict(B=1, T=2, H=1)),
+    ],
+)
+def test_equals_the_definition(dtype, shape):
     tokens, S0 = draw(**shape, dtype=dtype)
     HV, K = tokens[3].shape[2:]
     options, gate = options_of(HV, K, ranges=(2.0, 0.5))
@@ -95,8 +102,8 @@ def test_gates_and_norm_done_outside_and_any_decay():
 @runs_kernels
 def test_packed_sequences_with_empty_ones():
     offsets = torch.tensor([0, 1, 1, 4, 11, 11], device=DEVICE)
-    tokens, S0 = draw(B=1, T=11, HV=4, N=5)
-    options, gate = options_of(4, 16)
+    tokens, S0 = draw(B=1, T=11, N=5)
+    options, gate = options_of(2, 16)
     found = fused_recurrent_gdn2(*tokens, initial_state=S0, output_final_state=True, cu_seqlens=offsets, **options)
     for x, y in zip(found, reference(tokens, S0, cu_seqlens=offsets, **gate)):
         assert_close(x, y, 1e-6)
@@ -105,7 +112,7 @@ def test_packed_sequences_with_empty_ones():
 
 @runs_kernels
 def test_state_in_place_output_given_and_values_first():
-    tokens, S0 = draw(T=2, V=24)
+    tokens, S0 = draw(T=2, V=12)
     options, _ = options_of(2, 16)
     o, S = fused_recurrent_gdn2(*tokens, initial_state=S0, output_final_state=True, **options)
     held, out = S0.mT.contiguous(), torch.empty_like(tokens[2])
@@ -126,7 +133,7 @@ def test_state_in_place_output_given_and_values_first():
 def test_slices_of_a_projection_and_gates_shared_by_channels():
     """Inputs as the layer has them: columns of one matrix, a gate per head, a decay bias per head."""
     columns = torch.randn(2, 3, 200, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    q, k, v, g, b, w = columns.split([32, 32, 48, 2, 2, 48, 36], dim=-1)[:6]
+    q, k, v, g, b, w = columns.split([32, 32, 24, 2, 2, 24, 84], dim=-1)[:6]
     q, k, v, w = (x.unflatten(-1, (2, -1)) for x in (q, k, v, w))
     g, b = (x[..., None].expand(2, 3, 2, 16) for x in (g, b))
     A_log, bias = torch.ones(2, device=DEVICE), torch.tensor([0.5, -0.5], device=DEVICE)
@@ -138,16 +145,63 @@ def test_slices_of_a_projection_and_gates_shared_by_channels():
 
 
 @runs_kernels
+def test_kernel_is_a_registered_operator():
+    """By torch's own check: schema, mutation, fake tensors; and a decoding step compiles as one graph."""
+    from lit_gpt.ops.gdn2.kernels.decode import recurrent_gdn2_fused
+
+    tokens, S0 = draw()
+    A_log, dt_bias = torch.ones(2, device=DEVICE), torch.zeros(32, device=DEVICE)
+    o = torch.empty_like(tokens[2])
+    for first, state, in_place in ((None, S0, True), (S0, torch.empty_like(S0), False), (S0, None, False)):
+        arguments = (*tokens, A_log, dt_bias, first, None, o, state, 0.25, in_place, True, True, None, [1.0, 1.0])
+        torch.library.opcheck(recurrent_gdn2_fused, arguments)
+
+    def step(*tokens, state):
+        return fused_recurrent_gdn2(*tokens, initial_state=state, inplace_final_state=True)[0] * 2
+
+    eager, compiled = S0.clone(), S0.clone()
+    with torch.no_grad():
+        expected = step(*tokens, state=eager)
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(*tokens, state=compiled)
+    assert torch.equal(found, expected) and torch.equal(compiled, eager)
+
+
+@runs_kernels
+def test_under_inference_mode():
+    """As generate.py calls it: a cache made outside, then inside."""
+    tokens, S0 = draw()
+    with torch.inference_mode():
+        o, _ = fused_recurrent_gdn2(*tokens, initial_state=S0, inplace_final_state=True)
+        held = torch.zeros_like(S0)
+        fused_recurrent_gdn2(*tokens, initial_state=held, inplace_final_state=True)
+    assert o.isfinite().all() and held.any()
+
+
+@runs_kernels
 def test_clear_errors():
     tokens, S0 = draw()
     with pytest.raises(UserError, match="pass one"):
         fused_recurrent_gdn2(*tokens, inplace_final_state=True)
     with pytest.raises(UserError, match="out must be contiguous"):
-        fused_recurrent_gdn2(*tokens, out=tokens[2][..., :8])
+        fused_recurrent_gdn2(*tokens, out=tokens[2][..., :4])
     with pytest.raises(UserError, match="cu_seqlens must be integers"):
         fused_recurrent_gdn2(*(x[:1] for x in tokens), cu_seqlens=torch.tensor([[0, 1]], device=DEVICE))
     with pytest.raises(UserError, match="initial_state must be"):
         fused_recurrent_gdn2(*tokens, initial_state=S0[:1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("start, BV", [(0, 32), (1, 32), (2, 8)])
+def test_kernel_compiles(start, BV, arch):
+    from lit_gpt.ops.gdn2.kernels.decode import decode_kernel
+
+    types = {**dict.fromkeys("qkvgbwo", "*bf16"), **dict.fromkeys(("A_log", "dt_bias", "state"), "*fp32")}
+    types |= {**dict.fromkeys(("scale", "lower_bound", "b_range", "w_range"), "fp32"), "initial_state": "*fp32"}
+    constants = {"H": 16, "HV": 16, "K": 128, "KP": 128, "V": 128, "BV": BV, "START": start, "WANT_STATE": True}
+    constants |= {"PACKED": False, "L2NORM": True, "GATE": 1, "SIGMOID": True, "cu_seqlens": None, "s_v": 1, "i_v": 1}
+    constants |= {} if start == 1 else {"initial_state": None}
+    assert "st.global" in compile_for(decode_kernel, arch, types, constants, 4)
 
 
 @pytest.mark.gpu

@@ -74,6 +74,7 @@ def decode_kernel(
         tl.store(state + at_state, S, in_state)
 
 
+@torch.library.custom_op("lit_gpt::recurrent_gdn2", mutates_args=("o", "state"))
 def recurrent_gdn2_fused(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -92,7 +93,7 @@ def recurrent_gdn2_fused(
     l2norm: bool,
     use_gate: bool,
     lower_bound: Optional[float],
-    sigmoid_ranges: Optional[tuple[float, float]],
+    sigmoid_ranges: Optional[list[float]],
 ) -> None:
     """Fill o [B, T, HV, V], and `state` [N, HV, K, V] with the last states; in place: `state` holds the first ones.
 
@@ -108,7 +109,7 @@ def recurrent_gdn2_fused(
     if gate:
         A_log = q.new_zeros(HV, dtype=torch.float32) if A_log is None else A_log
         dt_bias = q.new_zeros(1, 1).expand(HV, K) if dt_bias is None else dt_bias.reshape(HV, K)
-    b_range, w_range = sigmoid_ranges or (1.0, 1.0)
+    b_range, w_range = (1.0, 1.0) if sigmoid_ranges is None else sigmoid_ranges
     strides = [stride for x in (q, k, v, g, b, w) for stride in x.stride()]
     strides += dt_bias.stride() if gate else (0, 0)
     for x in (initial_state, state):
