@@ -196,8 +196,12 @@ class Guard:
             text += f", {loss_score:.1f} and {norm_score:.1f} deviations above their running means"
         if verdict.skipped:
             path = self._dump_path(verdict.step)
-            self._dump(path, verdict)
-            text += f". Skipped on all ranks; its batch is in {path}"
+            text += ". Skipped on all ranks; its batch "
+            try:
+                self._dump(path, verdict)
+                text += f"is in {path}"
+            except OSError as error:  # a full disk: training goes on
+                text += f"could not be kept: {error.strerror or error}"
         self.records.note(record, text)
 
     def _dump_path(self, step: int) -> Path:

@@ -88,7 +88,8 @@ class Records:
             return
         path = self.path
         kept = [r for r in read_metrics(path) if r["step"] <= step]
-        write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        with explain_full_disk(self.folder):
+            write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         if wandb_options is not None:
             import wandb
 

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import write_atomically
+from lit_gpt.files import explain_full_disk, write_atomically
 from lit_gpt.tokens.storage import AnyPath, copy_folder
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint_manifest import newest_sound, read_meta
@@ -35,10 +35,11 @@ def open_run_folder(folder: Path, resolved: dict, tokenizer: AnyPath, fresh: boo
         fresh: empty the folder first.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / LOCK, "w")  # noqa: SIM115, held open until the process ends
+    with explain_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")  # noqa: SIM115, held open until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -46,8 +47,9 @@ def open_run_folder(folder: Path, resolved: dict, tokenizer: AnyPath, fresh: boo
     for item in folder.iterdir():
         if (fresh and item.name != LOCK) or item.suffix == ".tmp":  # the latter left by a kill
             shutil.rmtree(item) if item.is_dir() else item.unlink()
-    write_atomically(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
-    copy_folder(tokenizer, folder / "tokenizer")
+    with explain_full_disk(folder):
+        write_atomically(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
+        copy_folder(tokenizer, folder / "tokenizer")
     return lock
 
 

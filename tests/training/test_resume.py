@@ -176,3 +176,15 @@ def test_a_full_disk_during_saves_and_lines(undisturbed, tmp_path, command, monk
             out.count("metrics.jsonl cannot be written: No space left") == 1
             and out.count("not saved  the checkpoint") == 3
         )
+
+
+def test_a_start_on_a_full_disk_is_an_error_in_one_line(tmp_path, command, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with tmpfs(disk):
+        with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        assert "no space left on the disk of" in refused(command(output_root=disk), capsys)
+        (disk / "ballast").unlink()
+        pretrain.setup(command(output_root=disk, total_tokens=128))
