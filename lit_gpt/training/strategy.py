@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lit_gpt.config import ModelConfig
@@ -191,7 +192,19 @@ def build_model(fabric: Fabric, config: ModelConfig, args: StrategyArgs, seed: O
     model.tie_weights()
     if seed is not None:
         initialize(model, seed)
-    return fabric.setup_module(model)
+    wrapped = fabric.setup_module(model)
+    if isinstance(wrapped._forward_module, DistributedDataParallel):
+        _lay_out_buckets(fabric, wrapped)
+    return wrapped
+
+
+def _lay_out_buckets(fabric: Fabric, model: nn.Module) -> None:
+    """DDP lays out its buckets anew after the first backward pass, and with them the order of sums. Have that behind
+    us, so that the first step of a resumed run is to the bit what that step is in a run that was not interrupted.
+    """
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=fabric.device)
+    fabric.backward(model(tokens, tokens).sum())
+    model.zero_grad()
 
 
 def shard(model: GPT, mesh: DeviceMesh, matrix_dtype: Optional[torch.dtype]) -> None:
