@@ -49,6 +49,7 @@ from lit_gpt.training.describe import describe, resolved
 from lit_gpt.training.guards import Guard
 from lit_gpt.training.health import examine
 from lit_gpt.training.leaving import EXIT_CODE, Leaving, Poll
+from lit_gpt.training.memory import TrainingMemory
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
 from lit_gpt.training.ranks import ending_together, supervise
@@ -128,17 +129,19 @@ def setup(argv: Optional[list[str]] = None) -> None:
         fabric = build_fabric(layout, group.nodes, group.devices, cuda, group.environment)
         fabric.launch()
         with ending_together():
-            main(fabric, shortened(args, fabric.world_size) if args.debug else args, config, layout, leaving)
+            main(fabric, args, config, layout, leaving)
         if leaving.agreed:
             sys.exit(EXIT_CODE)
 
 
 def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, layout: Layout, leaving: Leaving) -> None:
     """Build data, model and optimizer, check that they belong together, resume, train, sum up."""
+    memory = TrainingMemory(args, config, layout, fabric.device)
+    args = shortened(args, fabric.world_size, memory.fits) if args.debug else args
     train, validation = open_data(args, config)
-    plan = Plan.make(args, fabric.world_size, validation)
+    plan = Plan.make(args, fabric.world_size, validation, memory.fits)
     console = Console(quiet=not fabric.is_global_zero, highlight=False)
-    describe(console, fabric, args, config, layout, plan, train, validation)
+    describe(console, fabric, args, config, layout, memory, plan, train, validation)
     if args.dry_run:
         console.print("dry run: everything checked, nothing written.")
         return

@@ -8,8 +8,10 @@ import torch
 from lit_gpt.config import ModelConfig
 from lit_gpt.model import GPT
 from lit_gpt.ops.cross_entropy import LOGITS_KEPT
-from lit_gpt.training.strategy import Layout
+from lit_gpt.training.args import PretrainArgs
+from lit_gpt.training.strategy import Layout, device_bytes
 
+GIB = 2**30
 USABLE = 0.9
 """Share of a device's memory that an estimate may fill: the rest goes to the CUDA context, NCCL and fragmentation."""
 CHUNK = 64
@@ -40,6 +42,41 @@ class Memory:
         return self.states + self.activations + self.working
 
 
+class TrainingMemory:
+    """What a run takes of a device, by its micro-batch, and what there is."""
+
+    def __init__(self, args: PretrainArgs, config: ModelConfig, layout: Layout, device: torch.device):
+        self.args, self.config, self.layout, self.cuda = args, config, layout, device.type == "cuda"
+        self.available = device_bytes(self.cuda)
+
+    def of(self, micro_batch: int) -> Memory:
+        length, recompute = self.args.sequence_length, self.args.activation_checkpointing
+        documents = self.args.document_reset
+        return estimate(self.config, self.layout, micro_batch * length, length, recompute, self.cuda, documents)
+
+    def fits(self, micro_batch: int) -> bool:
+        """Whether a device holds it with some to spare; CPUs, whose memory is not ours alone, are taken to."""
+        return self.available is None or self.of(micro_batch).total <= USABLE * self.available
+
+    def describe(self, micro_batch: int) -> str:
+        """Each part in GiB, the sum, the device's size, and what to do where it is too small."""
+        memory = self.of(micro_batch)
+        parts = {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "AdamW": memory.adam,
+            "activations of a micro-batch": memory.activations,
+            "working memory": memory.working,
+        }
+        text = " + ".join(f"{value / GIB:.2f} {name}" for name, value in parts.items())
+        text += f" = {memory.total / GIB:.2f} GiB on each device"
+        if self.available is not None:
+            text += f" of {self.available / GIB:.1f} GiB"
+        if self.fits(micro_batch):
+            return text
+        return f"{text}: too much. Use a smaller --micro_batch_size, --activation_checkpointing or --strategy fsdp2"
+
+
 def estimate(
     config: ModelConfig, layout: Layout, tokens: int, sequence_length: int, recompute: str, cuda: bool, documents: bool
 ) -> Memory:
@@ -47,13 +84,14 @@ def estimate(
 
     Weights, gradients and AdamW are exact: 16 bytes for each parameter of the device's shard. `a` is 2 bytes on GPUs
     (bf16) and 4 elsewhere. Of each token a block keeps (D = width, I = MLP width; HV heads of K key and V value
-    channels, P = all that in_proj makes, C = channels of the convolution, W = its taps):
+    channels, P = all that in_proj makes, C = channels of the convolution), if it runs the fused kernels (plain code
+    keeps more):
 
         norms and residual stream   2 (4 + a) D
         MLP                         4 a I
         attention                   7 a H d with as many key as query heads H; another 5 a H d beyond two windows
-        GDN-2                       a P + a C (W + 1), or 3 a C without documents; decay 12 HV K; gates a HV (2 K + V);
-                                    chunks of 64: a HV (3 K + 2 x 64 + K V / 64 + 2 V) + 4 HV K; output HV V (4 + 5 a)
+        GDN-2                       a (P + C); decay 12 HV K; gates a HV (2 K + V); output 2 a HV V;
+                                    chunks of 64: a HV (3 K + 2 x 64 + K V / 64 + 2 V) + 4 HV K
 
     With full checkpointing a block keeps 4 D; with selective 4 D and the results of its matrix products and of softmax
     attention. The model adds (8 + a) D, and the masks of documents, one set for all layers. Worked with is the larger
@@ -68,7 +106,7 @@ def estimate(
     shard = 4 * sum(math.ceil(shape[0] / layout.shards) * math.prod(shape[1:]) for shape in tensors)
 
     mixers = [config.mixer(i) for i in range(config.n_layer)]
-    kept = [_block_bytes(config, mixer, sequence_length, a, documents) for mixer in mixers]
+    kept = [_block_bytes(config, mixer, sequence_length, a) for mixer in mixers]
     if recompute == "none":
         per_token, again = sum(kept), 0
     else:
@@ -94,7 +132,7 @@ def estimate(
     )
 
 
-def _block_bytes(config: ModelConfig, mixer: str, sequence_length: int, a: int, documents: bool) -> int:
+def _block_bytes(config: ModelConfig, mixer: str, sequence_length: int, a: int) -> int:
     """What a block keeps of a token for its backward pass; `a` bytes in an activation."""
     stream = 2 * (4 + a) * config.n_embd + 4 * a * config.intermediate_size
     if mixer != "gdn2":
@@ -106,10 +144,9 @@ def _block_bytes(config: ModelConfig, mixer: str, sequence_length: int, a: int, 
     HV, K, V = c.value_heads, c.head_dim, c.value_dim
     channels = 2 * c.num_heads * K + HV * V
     projections = channels + HV * (2 * K + V) + c.decay_rank + c.output_gate_rank
-    convolution = (1 + c.conv_size if documents else 3) * channels
     chunks = a * HV * (3 * K + 2 * CHUNK + K * V // CHUNK + 2 * V) + 4 * HV * K
     gates = 12 * HV * K + a * HV * (2 * K + V)
-    return stream + a * (projections + convolution) + gates + chunks + (4 + 5 * a) * HV * V
+    return stream + a * (projections + channels) + gates + chunks + 2 * a * HV * V
 
 
 def _product_bytes(config: ModelConfig, mixer: str, a: int) -> int:

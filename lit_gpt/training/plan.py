@@ -7,7 +7,7 @@ from typing import Optional
 from data import ValidationData
 from lit_gpt.errors import UserError
 from lit_gpt.training.args import PretrainArgs
-from lit_gpt.training.schedule import split_batch
+from lit_gpt.training.schedule import Fits, any_size, split_batch
 
 VALIDATION_BATCH = 8
 """Blocks that --eval_iters counts as one validation batch, on any number of ranks."""
@@ -45,11 +45,13 @@ class Plan:
     """From where on batches are of this size."""
 
     @classmethod
-    def make(cls, args: PretrainArgs, world_size: int, validation: Optional[ValidationData]) -> "Plan":
+    def make(
+        cls, args: PretrainArgs, world_size: int, validation: Optional[ValidationData], fits: Fits = any_size
+    ) -> "Plan":
         """Raises UserError if the batch does not divide or the run is shorter than a step."""
         batch_tokens = args.sequences_per_batch * args.sequence_length
         micro_batch, accumulation = split_batch(
-            args.sequences_per_batch, args.sequence_length, args.micro_batch_size, world_size
+            args.sequences_per_batch, args.sequence_length, args.micro_batch_size, world_size, fits
         )
         if args.total_tokens < batch_tokens:
             raise UserError(f"total_tokens {args.total_tokens:,} are less than one batch of {batch_tokens:,}.")
@@ -82,12 +84,12 @@ class Plan:
         return step % interval == 0 or step == self.total_steps
 
 
-def shortened(args: PretrainArgs, world_size: int) -> PretrainArgs:
+def shortened(args: PretrainArgs, world_size: int, fits: Fits = any_size) -> PretrainArgs:
     """The same run for --debug: a few steps of two micro-batches on each rank, one evaluation, one checkpoint, no
     loader thread.
     """
     micro_batch, accumulation = split_batch(
-        args.sequences_per_batch, args.sequence_length, args.micro_batch_size, world_size
+        args.sequences_per_batch, args.sequence_length, args.micro_batch_size, world_size, fits
     )
     sequences = micro_batch * min(2, accumulation) * world_size
     return dataclasses.replace(

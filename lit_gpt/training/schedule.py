@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
@@ -12,6 +13,14 @@ RECIPE_NAME = re.compile(r"tsz([1-9]\d*)x(2|4|8|16|32|64|128)k_([1-9]\d*)(M|B|T)
 UNITS = {"M": 10**6, "B": 10**9, "T": 10**12}
 MICRO_BATCH_TOKENS = 16384
 """What a micro-batch holds at most where none is asked for: 4 sequences of 4096."""
+
+
+Fits = Callable[[int], bool]
+"""Whether a device has the memory for micro-batches of so many sequences."""
+
+
+def any_size(micro_batch: int) -> bool:
+    return True
 
 
 def recipe_flags(name: str) -> list[str]:
@@ -64,11 +73,16 @@ def learning_rate_at(tokens: int, total_tokens: int, args: ScheduleArgs) -> floa
 
 
 def split_batch(
-    sequences_per_batch: int, sequence_length: int, micro_batch_size: int, world_size: int
+    sequences_per_batch: int,
+    sequence_length: int,
+    micro_batch_size: int,
+    world_size: int,
+    fits: Fits = any_size,
 ) -> tuple[int, int]:
     """Micro-batch size and micro-batches per rank and step that make up the global batch exactly.
 
-    A micro_batch_size of 0 picks the largest that divides the batch and holds at most 16,384 tokens.
+    A micro_batch_size of 0 picks the largest that divides the batch, holds at most 16,384 tokens and `fits`; if none
+    does, 1.
 
     Raises:
         UserError: the batch does not divide, with sizes that do.
@@ -88,7 +102,8 @@ def split_batch(
             advice = f"Use --micro_batch_size {_either(near)}, or a train_config of {whole} sequences."
         raise UserError(f"a global batch of {sequences_per_batch} sequences does not split into {size}. {advice}")
     if not micro_batch_size:
-        micro_batch_size = max((d for d in divisors if d * sequence_length <= MICRO_BATCH_TOKENS), default=1)
+        small = (d for d in divisors if d * sequence_length <= MICRO_BATCH_TOKENS and fits(d))
+        micro_batch_size = max(small, default=1)
     return micro_batch_size, per_rank // micro_batch_size
 
 

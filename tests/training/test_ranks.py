@@ -1,0 +1,98 @@
+"""Ranks are started together, hear the same signals, and end together with one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPERVISOR = "import sys; from lit_gpt.training.ranks import supervise; sys.exit(supervise(sys.argv[1:], 1, 2))"
+RANK = """
+import os, signal, sys, time
+import torch.distributed as dist
+from lit_gpt.errors import UserError
+from lit_gpt.training.ranks import ending_together
+rank = int(os.environ["LOCAL_RANK"])
+dist.init_process_group("gloo", rank=rank, world_size=2)
+with ending_together():
+    dist.barrier()
+    print("ready", flush=True)
+    {body}
+{after}
+"""
+
+
+def start(body: str, after: str = "") -> subprocess.Popen:
+    """Two ranks that run `body` together and then `after`."""
+    command = [sys.executable, "-c", SUPERVISOR, sys.executable, "-c", RANK.format(body=body, after=after)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and what was said of it."""
+    try:
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_error_of_one_rank_ends_all_with_its_line(who):
+    code, err = end(start(f"if rank == {who}: raise UserError('the disk of rank {who} is full.')\n    dist.barrier()"))
+    assert (code, err) == (2, f"error: the disk of rank {who} is full.\n")
+
+
+def test_an_error_of_all_ranks_is_told_once():
+    code, err = end(start("raise UserError('no such corpus.')"))
+    assert (code, err) == (2, "error: no such corpus.\n")
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_for_no_collective_end_too_and_a_bug_shows_its_traceback_once():
+    began = time.monotonic()
+    code, err = end(start("1 / (1 - rank)\n    time.sleep(50)"))
+    assert code == 1 and err.count("Traceback") == err.count("ZeroDivisionError") == 1
+    assert time.monotonic() - began < 40
+
+
+def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_all():
+    listen = "heard = []; signal.signal(signal.SIGUSR1, lambda *_: heard.append(1)); "
+    listen += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]); dist.barrier()\n"
+    body = listen + "    print('hears', flush=True); time.sleep(3); assert heard == [1]"
+    process = start(body, after="sys.exit(75 if rank else 0)")
+    while process.stdout.readline() != "hears\n":
+        pass
+    process.send_signal(signal.SIGUSR1)
+    assert end(process) == (75, "")
+
+
+@pytest.mark.parametrize("victim", ["rank", "supervisor"])
+def test_a_kill_leaves_nobody_behind(victim):
+    process = start("print(os.getpid(), flush=True); time.sleep(50)")
+    ranks = []
+    while len(ranks) < 2:
+        line = process.stdout.readline()
+        ranks += [int(line)] if line.strip().isdigit() else []
+    os.kill(ranks[1] if victim == "rank" else process.pid, signal.SIGKILL)
+    code, err = end(process)
+    if victim == "rank":
+        assert code == 128 + signal.SIGKILL and "of this machine was ended by SIGKILL." in err
+    deadline = time.monotonic() + 10
+    while any(_runs(pid) for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
