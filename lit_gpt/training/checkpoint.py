@@ -108,8 +108,11 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.wait()
+    def __exit__(self, kind: Optional[type], *rest) -> None:
+        if kind is not None and self.thread is not None:
+            self.thread.join(timeout=60)  # after an error another rank may never answer
+        else:
+            self.wait()
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Fill model and optimizer from a checkpoint. Raises UserError if it does not hold them."""

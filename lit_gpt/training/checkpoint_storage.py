@@ -38,16 +38,19 @@ def own_part(tensors: dict[str, Tensor], rank: int, world_size: int) -> dict[str
     """The tensors of which this rank saves its piece: of those that several ranks hold alike, one of them saves each,
     and all save about as many bytes.
     """
-    by_size = sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0]))
-    part = {}
-    for i, (name, tensor) in enumerate(by_size):
+    part: dict[str, Tensor] = {}
+    given: dict[int, list[int]] = {}  # of that many copies, how many elements each is to save
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
         copy, copies = rank, world_size
         if isinstance(tensor, DTensor):
             mesh, copy, copies = tensor.device_mesh, 0, 1
             for coordinate, size, placement in zip(mesh.get_coordinate(), mesh.shape, tensor.placements):
                 if placement.is_replicate():
                     copy, copies = copy * size + coordinate, copies * size
-        if i % copies == copy:
+        elements = given.setdefault(copies, [0] * copies)
+        chosen = elements.index(min(elements))
+        elements[chosen] += tensor.numel()
+        if chosen == copy:
             part[name] = tensor
     return part
 

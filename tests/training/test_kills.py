@@ -2,7 +2,6 @@
 are those of a run that nobody disturbed.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,21 +14,13 @@ from pathlib import Path
 import pytest
 
 from lit_gpt.training.checkpoint_manifest import complete_checkpoints, damage
-from tests.runs import command_line, files_in, losses, train_quietly
+from tests.runs import command_line, files_in, forks, losses, train_quietly
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 60
 KILLS_IN_A_RUN = 6
 """Then it is left to finish, and another run begins."""
 FLAGS = {"save_step_interval": 2, "keep_checkpoints": 2, "total_tokens": 80 * 128}
-
-
-@pytest.fixture(scope="module")
-def forks():
-    """Processes that start in milliseconds: forked off one that has imported PyTorch."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretrain"])
-    return context
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -47,9 +38,9 @@ def newest_step(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_run_survives_kills_at_any_instant(forks, tmp_path, tiny_corpus, tiny_model):
+def test_a_run_survives_kills_at_any_instant(tmp_path, tiny_corpus, tiny_model):
     def start(root: Path):
-        process = forks.Process(target=train_quietly, args=(command_line(tiny_corpus, tiny_model, root, **FLAGS),))
+        process = forks().Process(target=train_quietly, args=(command_line(tiny_corpus, tiny_model, root, **FLAGS),))
         process.start()
         return process
 
