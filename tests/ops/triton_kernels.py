@@ -27,10 +27,10 @@ DEVICE = "cuda" if GPU else "cpu"
 runs_kernels = pytest.mark.skipif(AGAIN, reason="no GPU; runs inside test_under_the_interpreter")
 
 
-def run_interpreted(path: str, timeout: int = 300) -> None:
-    """Run the tests of a file under the interpreter; fail with their output."""
+def run_interpreted(path: str, *options: str, timeout: int = 300) -> None:
+    """Run the tests of a file under the interpreter, by pytest's options; fail with their output."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", path]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", path, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout[-1000:]
