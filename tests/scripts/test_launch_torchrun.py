@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def nodes(tiny_corpus, tmp_path):
     def start(*options: str) -> list[subprocess.Popen]:
         meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_endpoint", endpoint, *options]
         for node in range(2):
-            with open(tmp_path / f"node{node}.log", "wb") as log:
+            with open(tmp_path / f"node{node}.log", "ab") as log:
                 command = [SCRIPT, *meet, "--node_rank", str(node), *flags, f"--output_root={tmp_path}"]
                 started.append(
                     subprocess.Popen(
@@ -61,9 +62,10 @@ def nodes(tiny_corpus, tmp_path):
 
     yield start, flags
     for script in started:
-        for process in [script.pid, *below(script.pid)]:
-            os.kill(process, signal.SIGKILL)
-        script.wait()
+        if script.poll() is None:
+            for process in [script.pid, *below(script.pid)]:
+                os.kill(process, signal.SIGKILL)
+            script.wait()
 
 
 def below(parent: int) -> list[int]:
@@ -100,3 +102,42 @@ def test_a_killed_agent_is_restarted_and_the_run_goes_on_bit_for_bit(victim, nod
     assert "resuming: step-" in "".join(path.read_text() for path in tmp_path.glob("node*.log"))
     ours = losses(folder)
     assert ours == undisturbed(flags, tmp_path / "whole", len(ours))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_script_ends_all_with_75_and_the_same_command_goes_on(nodes, tmp_path):
+    start, flags = nodes
+    folder = tmp_path / "outputs" / "debug_run"
+    scripts = start()
+    assert wait_until(lambda: len(losses(folder)) >= 30, 240), (tmp_path / "node0.log").read_text()
+    scripts[1].send_signal(signal.SIGTERM)
+    assert [script.wait(timeout=120) for script in scripts] == [75, 75]
+    for node in range(2):
+        log = (tmp_path / f"node{node}.log").read_text()
+        assert "left early, everything saved (exit code 75)" in log and "Traceback" not in log
+    reached = len(losses(folder))
+    start("--max_restarts", "0")
+    assert wait_until(lambda: len(losses(folder)) >= reached + 10, 240), (tmp_path / "node0.log").read_text()
+    assert f"resuming: step-{reached:08d}" in "".join(path.read_text() for path in tmp_path.glob("node*.log"))
+    ours = losses(folder)
+    assert ours == undisturbed(flags, tmp_path / "whole", len(ours))
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_everything_at_once(nodes, tmp_path):
+    start, _ = nodes
+    folder = tmp_path / "outputs" / "debug_run"
+    scripts = start()
+    assert wait_until(lambda: len(losses(folder)) >= 10, 240), (tmp_path / "node0.log").read_text()
+    everything = below(scripts[0].pid)
+    for child in everything:  # so that the first signal finds nobody who could leave
+        os.kill(child, signal.SIGSTOP)
+    scripts[0].send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    scripts[0].send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    for child in everything:
+        if Path(f"/proc/{child}").exists():
+            os.kill(child, signal.SIGCONT)
+    assert scripts[0].wait(timeout=30) not in (0, 2, 75)
+    assert wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in everything), 10)
