@@ -82,11 +82,11 @@ case $code in
 75)
     state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2)
     if [ "$state" != RUNNING ]; then # Slurm is ending it: scancel, or the limit itself
-        echo "$(date '+%F %T') ended by Slurm, everything saved: submit the same command again to go on."
+        echo "$(date '+%F %T') left early, ended by Slurm: submit the same command again to go on."
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "$(date '+%F %T') left early, everything saved: job $SLURM_JOB_ID is queued again."
+        echo "$(date '+%F %T') left early: job $SLURM_JOB_ID is queued again, to go on from its newest checkpoint."
     else
-        echo "$(date '+%F %T') left early, everything saved, but not queued again: submit the same command to go on."
+        echo "$(date '+%F %T') left early, and could not be queued again: submit the same command to go on."
     fi
     ;;
 *) echo "$(date '+%F %T') failed with exit code $code: see $logs/." ;;

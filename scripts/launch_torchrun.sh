@@ -127,7 +127,7 @@ while :; do
     fi
     case $code in
     0 | 2) exit $code ;;
-    75) told_user="left early, everything saved" ;;
+    75) told_user="left early" ;;
     *) told_user="torchrun ended with exit code $code" ;;
     esac
     if [ -z "$restart" ] || [ $signals -gt 0 ]; then

@@ -1,4 +1,6 @@
-"""A hub on this machine: what huggingface_hub asks a server for, served from a folder, with a brake."""
+"""A hub on this machine: what huggingface_hub asks a server for, served from a folder, with a brake. And a long run to
+compare disturbed ones with.
+"""
 
 import hashlib
 import json
@@ -8,6 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
+
+from tests.scripts import runs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -20,6 +24,26 @@ def hub(tmp_path):
     server.release.set()
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="session")
+def long_run(tiny_corpus, tmp_path_factory):
+    """Flags, less --output_root and --exp_name, of a run of thousands of steps, several in a second."""
+    return runs.long_run(tiny_corpus, tmp_path_factory.mktemp("long_run"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(long_run, tmp_path_factory):
+    """A function of n: the first n losses of that run on two ranks."""
+    longest = []
+
+    def first(steps: int) -> list[tuple[int, float]]:
+        nonlocal longest
+        if len(longest) < steps:
+            longest = runs.undisturbed(long_run, tmp_path_factory.mktemp("undisturbed"), steps)
+        return longest[:steps]
+
+    return first
 
 
 class Hub(ThreadingHTTPServer):

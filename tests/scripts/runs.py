@@ -16,7 +16,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "
 
 
 def long_run(corpus: Path, folder: Path) -> list[str]:
-    """Flags, less --output_root and --exp_name, of a run of thousands of steps, several in a second."""
+    """Flags of a run that goes on for longer than any test watches it."""
     model = folder / "model.yaml"
     shutil.copy(ROOT / "configs" / "models" / "swa_gdn2_3M.yaml", model)
     values = {"train_data_dir": corpus, "model_name": model, "train_config": "debug", "accelerator": "cpu"}

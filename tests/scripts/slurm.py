@@ -101,9 +101,10 @@ class Slurm:
             daemon.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def run(self, *command: str, cwd: Optional[Path] = None) -> str:
+    def run(self, *command: str, cwd: Optional[Path] = None, **variables: str) -> str:
         """What a command of Slurm prints; it has to succeed."""
-        done = subprocess.run(command, env=self.environment, cwd=cwd, timeout=60, capture_output=True, text=True)
+        environment = {**self.environment, **variables}
+        done = subprocess.run(command, env=environment, cwd=cwd, timeout=60, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 

@@ -1,12 +1,14 @@
 """scripts/launch_slurm.sh under a real Slurm of two nodes: it trains, leaves ahead of its limit, survives a node."""
 
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.scripts.runs import ROOT, long_run, losses, undisturbed, wait_until
+from tests.scripts.runs import ROOT, losses, wait_until
 from tests.scripts.slurm import Slurm, why_not
 
 SUBMIT = ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1"]
@@ -20,22 +22,17 @@ def slurm():
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def flags(tiny_corpus, tmp_path_factory):
-    return long_run(tiny_corpus, tmp_path_factory.mktemp("model"))
-
-
 class Job:
     """A submitted run of two tasks on two nodes."""
 
-    def __init__(self, slurm: Slurm, folder: Path, flags: list[str], *options: str):
+    def __init__(self, slurm: Slurm, folder: Path, flags: list[str], *options: str, **variables: str):
         self.slurm, self.folder, self.run = slurm, folder, folder / "runs" / "outputs" / "debug_job"
         # the batch script runs where it was submitted: a folder that looks like the repository, so as to write its logs
         for name in ("pretrain.py", "data.py", "cache.py", "lit_gpt", "configs", "scripts"):
             if (ROOT / name).exists():
                 (folder / name).symlink_to(ROOT / name)
         command = [*SUBMIT, *options, "scripts/launch_slurm.sh", *flags, f"--output_root={folder}/runs"]
-        self.number = slurm.run(*command, "--exp_name=job", cwd=folder).strip()
+        self.number = slurm.run(*command, "--exp_name=job", cwd=folder, **variables).strip()
 
     @property
     def output(self) -> str:
@@ -62,40 +59,58 @@ class Job:
         assert self.state == "CANCELLED", self.output
 
 
-def test_a_job_whose_node_dies_goes_on_bit_for_bit(slurm, flags, tmp_path):
-    job = Job(slurm, tmp_path, flags, "--time=30")
+def test_a_job_leaves_ahead_of_its_limit_is_requeued_and_goes_on_bit_for_bit(slurm, long_run, undisturbed, tmp_path):
+    """Slurm sends the signal up to 30 s early and looks every 30 s: here between 30 and 60 seconds after the start."""
+    job = Job(slurm, tmp_path, long_run, "--time=2", "--signal=USR1@60")
+    job.wait(lambda: "start 2: 2 nodes" in job.output, "the requeue")
+    assert "left early: job" in job.output and int(slurm.job(job.number)["Restarts"]) == 1
+    left_after = int(re.search(r"left on SIGUSR1 after step ([\d,]+)", job.node_outputs[0])[1].replace(",", ""))
+    assert left_after >= 10
+    job.wait(lambda: len(losses(job.run)) >= left_after + 10, "10 steps more")
+    assert f"resuming: step-{left_after:08d}" in job.node_outputs[0]  # not a step twice
+    job.cancel()
+    assert "left early, ended by Slurm" in job.output and "left on SIGTERM" in job.node_outputs[0]
+    assert not job.output.count("start 3")
+    ours = losses(job.run)
+    assert ours == undisturbed(len(ours))
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"], ids=["the node of the batch script", "the other node"])
+def test_a_job_whose_node_dies_goes_on_bit_for_bit(node, slurm, long_run, undisturbed, tmp_path):
+    job = Job(slurm, tmp_path, long_run, "--time=30")
     job.wait(lambda: len(losses(job.run)) >= 60, "60 steps")
-    slurm.kill_node("n2")
+    slurm.kill_node(node)
     slurm.wait_for(lambda: slurm.job(job.number)["Restarts"] == "1", "Slurm's own requeue")
     reached = len(losses(job.run))
-    slurm.start_node("n2")
+    slurm.start_node(node)
     job.wait(lambda: len(losses(job.run)) >= reached + 30, "30 steps more")
     job.cancel()
     assert "start 1: 2 nodes" in job.output and "start 2: 2 nodes" in job.output
     assert re.search(r"resuming: step-\d+", "".join(job.node_outputs))
     assert len(job.node_outputs) == 2
     ours = losses(job.run)
-    assert ours == undisturbed(flags, tmp_path, len(ours))
+    assert ours == undisturbed(len(ours))
 
 
-def test_a_job_leaves_ahead_of_its_limit_is_requeued_and_goes_on_bit_for_bit(slurm, flags, tmp_path):
-    """Slurm sends the signal up to 30 s early and looks every 30 s: here between 30 and 60 seconds after the start."""
-    job = Job(slurm, tmp_path, flags, "--time=2", "--signal=USR1@60")
-    job.wait(lambda: "start 2: 2 nodes" in job.output, "the requeue")
-    assert "left early, everything saved" in job.output and int(slurm.job(job.number)["Restarts"]) == 1
-    left_after = int(re.search(r"left on SIGUSR1 after step ([\d,]+)", job.node_outputs[0])[1].replace(",", ""))
-    assert left_after >= 10
-    job.wait(lambda: len(losses(job.run)) >= left_after + 10, "10 steps more")
-    assert f"resuming: step-{left_after:08d}" in job.node_outputs[0]  # not a step twice
-    job.cancel()
-    assert "ended by Slurm, everything saved" in job.output and "left on SIGTERM" in job.node_outputs[0]
-    assert not job.output.count("start 3")
-    ours = losses(job.run)
-    assert ours == undisturbed(flags, tmp_path, len(ours))
-
-
-def test_what_cannot_be_is_refused_in_the_log(slurm, flags, tmp_path):
-    job = Job(slurm, tmp_path, [*flags, "--nnodes=3"], "--time=30")
+def test_what_cannot_be_is_refused_in_the_log(slurm, long_run, tmp_path):
+    job = Job(slurm, tmp_path, [*long_run, "--nnodes=3"], "--time=30")
     slurm.wait_for(lambda: job.state == "FAILED", "the refusal")
     assert "--nnodes 3, but srun started 2 x 1 processes" in job.node_outputs[0]
     assert "failed with exit code 2" in job.output and slurm.job(job.number)["ExitCode"] == "2:0"
+
+
+def test_a_run_in_a_container_finishes(slurm, long_run, tmp_path):
+    """With a stand-in for apptainer that notes what it is asked for, and runs it here."""
+    stand_in = tmp_path / "bin" / "apptainer"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/asked\n[ "$1" = exec ] && shift 6 && exec "$@"\n')
+    stand_in.chmod(0o755)
+    variables = {"CONTAINER": "image.sif", "CONTAINER_MOUNTS": "/data"}
+    variables["PATH"] = f"{stand_in.parent}:{os.environ['PATH']}"
+    job = Job(slurm, tmp_path, [*long_run, "--total_tokens=2048"], "--time=30", **variables)
+    slurm.wait_for(lambda: job.state in ("COMPLETED", "FAILED"), "the end of the run")
+    assert job.state == "COMPLETED" and "finished." in job.output, "".join([job.output, *job.node_outputs])
+    asked = (tmp_path / "asked").read_text().splitlines()
+    start = f"exec --bind {tmp_path},/data --pwd {tmp_path} image.sif {sys.executable} pretrain.py --nnodes 2 "
+    assert len(asked) == 2 and all(line.startswith(start) for line in asked)
+    assert len(losses(job.run)) == 4

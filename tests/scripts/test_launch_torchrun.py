@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.runs import ENVIRONMENT, ROOT, long_run, losses, undisturbed, wait_until
+from tests.scripts.runs import ENVIRONMENT, ROOT, losses, wait_until
 
 SCRIPT = ROOT / "scripts" / "launch_torchrun.sh"
 
@@ -40,27 +40,26 @@ def test_what_pretraining_refuses_is_refused_once(tmp_path):
 
 
 @pytest.fixture
-def nodes(tiny_corpus, tmp_path):
+def start(long_run, tmp_path):
     """Starts the script twice, as two nodes of one run; ends what is left of them."""
-    flags = long_run(tiny_corpus, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     started = []
 
-    def start(*options: str) -> list[subprocess.Popen]:
+    def both(*options: str) -> list[subprocess.Popen]:
         meet = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_endpoint", endpoint, *options]
         for node in range(2):
             with open(tmp_path / f"node{node}.log", "ab") as log:
-                command = [SCRIPT, *meet, "--node_rank", str(node), *flags, f"--output_root={tmp_path}"]
+                command = [SCRIPT, *meet, "--node_rank", str(node), *long_run, f"--output_root={tmp_path}"]
                 started.append(
                     subprocess.Popen(
                         [*command, "--exp_name=run"], env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
                     )
                 )
-        return started
+        return started[-2:]
 
-    yield start, flags
+    yield both
     for script in started:
         if script.poll() is None:
             for process in [script.pid, *below(script.pid)]:
@@ -84,8 +83,7 @@ def agent_of(script: subprocess.Popen) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["the node of the endpoint", "the other node"])
-def test_a_killed_agent_is_restarted_and_the_run_goes_on_bit_for_bit(victim, nodes, tmp_path):
-    start, flags = nodes
+def test_a_killed_agent_is_restarted_and_the_run_goes_on_bit_for_bit(victim, start, undisturbed, tmp_path):
     folder = tmp_path / "outputs" / "debug_run"
     scripts = start("--restart")
 
@@ -101,12 +99,11 @@ def test_a_killed_agent_is_restarted_and_the_run_goes_on_bit_for_bit(victim, nod
     reaches(reached + 30)
     assert "resuming: step-" in "".join(path.read_text() for path in tmp_path.glob("node*.log"))
     ours = losses(folder)
-    assert ours == undisturbed(flags, tmp_path / "whole", len(ours))
+    assert ours == undisturbed(len(ours))
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_script_ends_all_with_75_and_the_same_command_goes_on(nodes, tmp_path):
-    start, flags = nodes
+def test_a_signal_to_one_script_ends_all_with_75_and_the_same_command_goes_on(start, undisturbed, tmp_path):
     folder = tmp_path / "outputs" / "debug_run"
     scripts = start()
     assert wait_until(lambda: len(losses(folder)) >= 30, 240), (tmp_path / "node0.log").read_text()
@@ -114,18 +111,17 @@ def test_a_signal_to_one_script_ends_all_with_75_and_the_same_command_goes_on(no
     assert [script.wait(timeout=120) for script in scripts] == [75, 75]
     for node in range(2):
         log = (tmp_path / f"node{node}.log").read_text()
-        assert "left early, everything saved (exit code 75)" in log and "Traceback" not in log
+        assert "left early (exit code 75)" in log and "Traceback" not in log
     reached = len(losses(folder))
     start("--max_restarts", "0")
     assert wait_until(lambda: len(losses(folder)) >= reached + 10, 240), (tmp_path / "node0.log").read_text()
     assert f"resuming: step-{reached:08d}" in "".join(path.read_text() for path in tmp_path.glob("node*.log"))
     ours = losses(folder)
-    assert ours == undisturbed(flags, tmp_path / "whole", len(ours))
+    assert ours == undisturbed(len(ours))
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_everything_at_once(nodes, tmp_path):
-    start, _ = nodes
+def test_a_second_signal_ends_everything_at_once(start, tmp_path):
     folder = tmp_path / "outputs" / "debug_run"
     scripts = start()
     assert wait_until(lambda: len(losses(folder)) >= 10, 240), (tmp_path / "node0.log").read_text()
