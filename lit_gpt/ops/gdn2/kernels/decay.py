@@ -99,3 +99,29 @@ def span_sum(spans_transposed, m, x, acc, N: tl.constexpr, PRECISION: tl.constex
     i = tl.arange(0, N)
     M = tl.trans(tl.load(spans_transposed + m * N * N + i[:, None] * N + i[None, :]))
     return tl.dot(x.to(M.dtype), M, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def level_span(row, col, h):
+    """The span matrix of level h, true where row i needs column s."""
+    start = row & -h
+    return tl.where((row & h) != 0, (col >= start) & (col <= row), (col > row) & (col < start + h))
+
+
+@triton.jit
+def coupled(row, col, h):
+    """Where row i lies in the odd and column j in the even block of one couple of level h."""
+    return (((row ^ col) & -h) == h) & (row > col)
+
+
+@triton.jit
+def factor(span, hi, lo):
+    """exp2(M x) [N, BK] for a span matrix M [N, N] fp16 and x = hi + lo [N, BK]."""
+    return tl.exp2(tl.dot(span, lo, tl.dot(span, hi)))
+
+
+@triton.jit
+def block_factor(span, hi, lo):
+    """exp2(M x) [L, 16, BK] for a span matrix M [1, 16, 16] and blocks x = hi + lo [L, 16, BK]."""
+    M = tl.broadcast_to(tl.where(span, 1.0, 0.0).to(tl.float16), (hi.shape[0], 16, 16))
+    return tl.exp2(tl.dot(M, lo, tl.dot(M, hi)))

@@ -29,7 +29,7 @@ and the gate.
 import triton
 import triton.language as tl
 
-from .decay import log_decay_backward, span_factor, span_sum
+from .decay import log_decay, log_decay_backward, span_factor, span_sum, split_log2
 
 
 @triton.jit
@@ -90,13 +90,13 @@ def score_gradients_kernel(
 
 @triton.jit
 def state_gradients_kernel(
-    do, dZ, R, S, dS, Qg, Eg, Kt, decay, chunk_start, chunk_rows,
+    do, dZ, R, S, dS, Qg, Eg, Kt, totals, chunk_start, chunk_rows,
     dQg, dEg, dKt, dg_halves,
     HV: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reads do [T, HV, V] and, per chunk, dZ, R, S, dS, Qg, Eg, Kt, decay. Writes dQg, dEg, dKt [chunks, HV, C, KP]
+    """Reads do [T, HV, V] and, per chunk, dZ, R, S, dS, Qg, Eg, Kt, totals. Writes dQg, dEg, dKt [chunks, HV, C, KP]
     and dg_halves [chunks, HV, 2, KP] fp32."""
     tile, n, hv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(chunk_start + n).to(tl.int64)
@@ -130,14 +130,14 @@ def state_gradients_kernel(
     later = (i >= C // 2)[:, None]
     heads = tl.load(Qg + first + at).to(tl.float32) * dq - tl.load(Eg + first + at).to(tl.float32) * de
     tails = tl.load(Kt + first + at).to(tl.float32) * dk
-    whole = tl.load(decay + base * KP + d) * S_dS
+    whole = tl.exp2(tl.load(totals + base * 2 * KP + d) + tl.load(totals + base * 2 * KP + KP + d)) * S_dS
     tl.store(dg_halves + base * 2 * KP + d, whole + tl.sum(tl.where(later, heads, 0.0), 0))
     tl.store(dg_halves + base * 2 * KP + KP + d, whole + tl.sum(tl.where(later, 0.0, tails), 0))
 
 
 @triton.jit
 def input_gradients_kernel(
-    q, k, b, g, A_log, dt_bias, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, exponents, totals, row_scales, spans,
+    q, k, b, g, A_log, dt_bias, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, totals, row_scales, spans,
     spans_transposed,
     chunk_start, chunk_rows,
     dq, dk, db, dg, dA_log, dbias,
@@ -161,78 +161,71 @@ def input_gradients_kernel(
     i, d = tl.arange(0, N), (tile * BK + tl.arange(0, BK))[:, None]
     row, col = i[:, None], i[None, :]
     mask, mask_other = (own + col < rows) & (d < K), (other + col < rows) & (d < K)
-    q += (start * H + h) * K
-    k += (start * H + h) * K
-    b += (start * HV + hv) * K
-    g += (start * HV + hv) * K
-    dq += (start * HV + hv) * K
-    dk += (start * HV + hv) * K
-    db += (start * HV + hv) * K
-    dg += (start * HV + hv) * K
-    dQg += base * C * KP
-    dEg += base * C * KP
-    dKt += base * C * KP
     at, at_b, local = d + col * (H * K), d + col * (HV * K), d + col * KP
-    at_hv = own * HV * K + at_b
-    exponents += base * 2 * C * KP
-    row_scales += base * 3 * C
+    q += ((start + own) * H + h) * K
+    k += ((start + own) * H + h) * K
+    b += ((start + own) * HV + hv) * K
+    g += ((start + own) * HV + hv) * K
+    shift, shift_hv = (other - own) * (H * K), (other - own) * (HV * K)
+    row_scales += base * 2 * C + i
     row_sums += base * 3 * C + own
-    totals += base * 2 * KP
-    Wq += base * C * C
-    Wt += base * C * C
-    own_rows = own * KP + local
+    totals += base * 2 * KP + d
+    square = base * C * C + own * C + row * C + col
+    at_kp = base * C * KP + own * KP + local
 
-    hi, lo = tl.load(exponents + own * KP + local), tl.load(exponents + (C + own) * KP + local)
-    dqs, des, dks = (
-        tl.load(dQg + own_rows).to(tl.float32),
-        tl.load(dEg + own_rows).to(tl.float32),
-        tl.load(dKt + own_rows).to(tl.float32),
+    # Everything is asked for before anything is waited for.
+    mask_later = (other + col < tl.where(half == 0, rows, 0)) & (d < K)
+    gs, g_other = tl.load(g + at_b, mask, 0.0), tl.load(g + shift_hv + at_b, mask_other, 0.0)
+    k_raw, k_other = tl.load(k + at, mask, 0.0), tl.load(k + shift + at, mask_other, 0.0)
+    q_raw, q_other = tl.load(q + at, mask, 0.0), tl.load(q + shift + at, mask_later, 0.0)
+    b_raw, b_other = tl.load(b + at_b, mask, 0.0), tl.load(b + shift_hv + at_b, mask_later, 0.0)
+    dQ_raw, dE_raw, dK_raw = tl.load(dQg + at_kp), tl.load(dEg + at_kp), tl.load(dKt + at_kp)
+    wq, wt = tl.load(Wq + other + square), tl.load(Wt + other + square)
+    q_scale, k_scale = tl.load(row_scales + own)[None, :], tl.load(row_scales + C + own)[None, :]
+    q_scale_other, k_scale_other = tl.load(row_scales + other)[None, :], tl.load(row_scales + C + other)[None, :]
+    before, after = tl.exp2(tl.load(totals)), tl.exp2(tl.load(totals + KP))
+    dgs = tl.zeros([BK, N], tl.float32) + tl.load(dg_halves + base * 2 * KP + half * KP + d)
+    a_log, bias = 0.0, 0.0
+    if GATE:
+        a_log = tl.load(A_log + hv).to(tl.float32)
+        bias = tl.load(dt_bias + hv * K + d, d < K, 0.0).to(tl.float32)
+
+    hi, lo = split_log2(tl.where(mask, log_decay(gs.to(tl.float32), a_log, bias, lower_bound, GATE), 0.0))
+    hi_other, lo_other = split_log2(
+        tl.where(mask_other, log_decay(g_other.to(tl.float32), a_log, bias, lower_bound, GATE), 0.0)
     )
-    qs = tl.load(q + own * H * K + at, mask, 0.0).to(tl.float32) * (tl.load(row_scales + own + i)[None, :] * scale)
-    ks = tl.load(k + own * H * K + at, mask, 0.0).to(tl.float32) * tl.load(row_scales + C + own + i)[None, :]
-    es = ks * tl.load(b + own * HV * K + at_b, mask, 0.0).to(tl.float32)
+    qs, ks = q_raw.to(tl.float32) * q_scale, k_raw.to(tl.float32) * k_scale
+    es = ks * b_raw.to(tl.float32)
 
     # Across the halves: a later row's head meets an earlier row's tail.
-    hi_other, lo_other = tl.load(exponents + other * KP + local), tl.load(exponents + (C + other) * KP + local)
-    k_other = (
-        tl.load(k + other * H * K + at, mask_other, 0.0).to(tl.float32) * tl.load(row_scales + C + other + i)[None, :]
-    )
-    wq, wt = (
-        tl.trans(tl.load(Wq + (own + row) * C + other + col)),
-        tl.trans(tl.load(Wt + (own + row) * C + other + col)),
-    )
-    head, tail = span_factor(spans, 0, hi, lo, N), span_factor(spans, 1, hi, lo, N)
     f_other = span_factor(spans, half, hi_other, lo_other, N)
+    head, tail = span_factor(spans, 0, hi, lo, N), span_factor(spans, 1, hi, lo, N)
+    k_other = k_other.to(tl.float32) * k_scale_other * f_other
+    dqs, des, dks = dQ_raw.to(tl.float32), dE_raw.to(tl.float32), dK_raw.to(tl.float32)
     if half == 1:
-        dqs *= head * tl.load(totals + d)
-        des *= head * tl.load(totals + d)
+        y = k_other.to(DOT)
+        dqs = head * (dqs * before + tl.dot(y, tl.trans(wq), input_precision=PRECISION))
+        des = head * (des * before + tl.dot(y, tl.trans(wt), input_precision=PRECISION))
         dks *= tail
-        y = (k_other * f_other).to(DOT)
-        dqs += head * tl.dot(y, wq, input_precision=PRECISION)
-        des += head * tl.dot(y, wt, input_precision=PRECISION)
     else:
+        y = (q_other.to(tl.float32) * q_scale_other * f_other).to(DOT)
+        dk_q = tl.dot(y, tl.trans(wq), input_precision=PRECISION)
+        y = (k_other * b_other.to(tl.float32)).to(DOT)
         dqs *= head
         des *= head
-        dks *= tail * tl.load(totals + KP + d)
-        q_other = tl.load(q + other * H * K + at, mask_other, 0.0).to(tl.float32) * (
-            tl.load(row_scales + other + i)[None, :] * scale
-        )
-        b_other = tl.load(b + other * HV * K + at_b, mask_other, 0.0).to(tl.float32)
-        dk_q = tl.dot((q_other * f_other).to(DOT), wq, input_precision=PRECISION)
-        dks += tail * tl.dot((k_other * b_other * f_other).to(DOT), wt, dk_q, input_precision=PRECISION)
-    dgs = tl.zeros([BK, N], tl.float32) + tl.load(dg_halves + base * 2 * KP + half * KP + d)
+        dks = tail * (dks * after + tl.dot(y, tl.trans(wt), dk_q, input_precision=PRECISION))
     dgs = span_sum(spans_transposed, 0, qs * dqs + es * des, dgs, N, PRECISION)
     dgs = span_sum(spans_transposed, 1, ks * dks, dgs, N, PRECISION)
 
-    Wq += own * C + own
-    Wt += own * C + own
+    Wq += own + square
+    Wt += own + square
     for level in range(LEVELS):
         block = N >> (level + 1)
         f = span_factor(spans, 2 + level, hi, lo, N)
         odd = (col & block) != 0
         couple = ((row ^ col) & -block) == block
-        wq = tl.where(couple, tl.load(Wq + row * C + col), 0.0)
-        wt = tl.where(couple, tl.load(Wt + row * C + col), 0.0)
+        wq = tl.where(couple, tl.load(Wq), 0.0)
+        wt = tl.where(couple, tl.load(Wt), 0.0)
         kf = ks * f
         fP = f * tl.dot(tl.where(odd, qs * f, kf).to(DOT), tl.trans(wq), input_precision=PRECISION)
         fN = f * tl.dot(tl.where(odd, es * f, kf).to(DOT), tl.trans(wt), input_precision=PRECISION)
@@ -245,23 +238,29 @@ def input_gradients_kernel(
 
     # Loaded anew rather than kept: registers are what this kernel is short of.
     tl.debug_barrier()
-    q_scale, k_scale = tl.load(row_scales + own + i)[None, :], tl.load(row_scales + C + own + i)[None, :]
-    qs = tl.load(q + own * H * K + at, mask, 0.0).to(tl.float32) * (q_scale * scale)
-    ks = tl.load(k + own * H * K + at, mask, 0.0).to(tl.float32) * k_scale
-    bs = tl.load(b + own * HV * K + at_b, mask, 0.0).to(tl.float32)
-    diagonal = tl.load(row_sums + i)[None, :]
+    at_hv = at_b
+    db += ((start + own) * HV + hv) * K
+    dq += ((start + own) * HV + hv) * K
+    dk += ((start + own) * HV + hv) * K
+    dg += ((start + own) * HV + hv) * K
+    q_raw, k_raw, b_raw = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0), tl.load(b + at_b, mask, 0.0)
+    q_scale, k_scale = tl.load(row_scales + own)[None, :], tl.load(row_scales + C + own)[None, :]
+    diagonal, q_dq, k_dk = tl.load(row_sums + i)[None, :], 0.0, 0.0
+    if L2NORM:
+        q_dq, k_dk = tl.load(row_sums + C + i)[None, :], tl.load(row_sums + 2 * C + i)[None, :]
+    qs = q_raw.to(tl.float32) * q_scale
+    ks = k_raw.to(tl.float32) * k_scale
+    bs = b_raw.to(tl.float32)
     tl.store(db + at_hv, (des * ks).to(db.dtype.element_ty), mask)
     dks += diagonal * qs + des * bs
-    dqs = (dqs + diagonal * ks) * scale
-    if L2NORM:
-        dqs = q_scale * (dqs - qs * (tl.load(row_sums + C + i) / scale)[None, :])
-        dks = k_scale * (dks - ks * tl.load(row_sums + 2 * C + i)[None, :])
-    tl.store(dq + at_hv, dqs.to(dq.dtype.element_ty), mask)
-    tl.store(dk + at_hv, dks.to(dk.dtype.element_ty), mask)
+    dqs += diagonal * ks
+    if L2NORM:  # what points along q and k changes nothing
+        dqs -= qs * (q_dq / (scale * scale))
+        dks -= ks * k_dk
+    tl.store(dq + at_hv, (dqs * q_scale).to(dq.dtype.element_ty), mask)
+    tl.store(dk + at_hv, (dks * k_scale).to(dk.dtype.element_ty), mask)
     if GATE:
         x = tl.load(g + at_hv, mask, 0.0).to(tl.float32)
-        a_log = tl.load(A_log + hv).to(tl.float32)
-        bias = tl.load(dt_bias + hv * K + d, d < K, 0.0).to(tl.float32)
         dgs, da = log_decay_backward(x, a_log, bias, lower_bound, tl.where(mask, dgs, 0.0), GATE)
         tl.store(dA_log + (base * 2 + half) * (KP // BK) + tile, tl.sum(tl.sum(tl.where(mask, da, 0.0), 1), 0))
         tl.store(dbias + (base * 2 + half) * KP + d, tl.sum(tl.where(mask, dgs, 0.0), 1)[:, None])

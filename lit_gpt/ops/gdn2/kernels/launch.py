@@ -1,11 +1,12 @@
-"""chunk_gdn2 by fused kernels: checks, chunk index, fixed launch configurations, autograd.
+"""chunk_gdn2 by fused kernels: checks, chunk index, launches, autograd.
 
-Two launches forward (prepare, forward scan), four backward (backward scan, score, state and input gradients).
+Three launches forward (block scores, chunk scores, forward scan), four backward (backward scan, score, state and input
+gradients).
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import triton
@@ -15,38 +16,14 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from lit_gpt.errors import UserError
 
+from .config import TILE, Config, Launch, config_for
 from .decay import span_table, span_table_transposed
 from .gradients import input_gradients_kernel, score_gradients_kernel, state_gradients_kernel
-from .prepare import prepare_kernel
+from .prepare import block_scores_kernel, chunk_scores_kernel
 from .scan import backward_scan_kernel, forward_scan_kernel
 
-TILE = 64
-"""Channels of K, or of V, that one program takes. Triton 3.6 computes narrower tiles wrongly on Hopper (illegal
-accesses, garbage), so head sizes are padded to at least this."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """One row of the configuration table: rows of a chunk and, for each kernel, (warps, pipeline stages)."""
-
-    chunk: int = 64
-    prepare: tuple[int, int] = (4, 2)
-    forward_scan: tuple[int, int] = (4, 2)
-    backward_scan: tuple[int, int] = (4, 2)
-    score_gradients: tuple[int, int] = (4, 2)
-    state_gradients: tuple[int, int] = (4, 2)
-    input_gradients: tuple[int, int] = (4, 3)
-
-
-def config_for(dot: torch.dtype, KP: int) -> Config:
-    """The fixed configuration for dot operands of type `dot` and padded key size KP; each fits the 227 KiB of shared
-    memory of a Hopper SM."""
-    if dot == torch.bfloat16:
-        return Config() if KP <= 128 else Config(forward_scan=(8, 1), backward_scan=(8, 1))
-    single = dict.fromkeys(("prepare", "score_gradients", "state_gradients", "input_gradients"), (4, 1))
-    if KP <= 128:
-        return Config(forward_scan=(4, 1), backward_scan=(4, 1), **single)
-    return Config(chunk=32, forward_scan=(8, 1), backward_scan=(8, 1), **single)
+RECOMPUTE = ("none", "scores", "all")
+"""From fastest to smallest: keep everything, recompute the scores, or keep only inputs and output."""
 
 
 def padded(size: int) -> int:
@@ -103,6 +80,9 @@ class Options:
     dot: torch.dtype
     """Type of the dots' operands; they accumulate in fp32."""
 
+    recompute: str
+    """What the backward pass computes again instead of keeping: see RECOMPUTE."""
+
     def constants(self, q: torch.Tensor, v: torch.Tensor) -> dict:
         """What the kernels know at compile time."""
         K, V = q.shape[-1], v.shape[-1]
@@ -113,10 +93,10 @@ class Options:
             "KP": padded(K),
             "V": V,
             "VP": padded(V),
-            "BK": TILE,
             "BV": TILE,
             "C": self.config.chunk,
             "LEVELS": self.config.chunk.bit_length() - 2,
+            "WIDE": self.config.chunk.bit_length() - 5,
             "L2NORM": self.l2norm,
             "GATE": self.gate,
             "DOT": tl.bfloat16 if self.dot == torch.bfloat16 else tl.float32,
@@ -124,10 +104,117 @@ class Options:
         }
 
 
-def _launch(kernel, grid: tuple, config: tuple[int, int], constants: dict, *tensors, **more):
-    """Launch with (warps, stages) and those of the constants that the kernel names."""
-    named = {name: value for name, value in {**constants, **more}.items() if name in kernel.arg_names}
-    kernel[grid](*tensors, **named, num_warps=config[0], num_stages=config[1])
+def _launch(kernel, grid: tuple, launch: Launch, constants: dict, *tensors, **more):
+    """Launch with those of the constants that the kernel names."""
+    constants = {"BK": launch.tile, "STAGES": launch.stages, **constants, **more}
+    named = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    kernel[grid](*tensors, **named, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers)
+
+
+class Scores(NamedTuple):
+    """What prepare.py makes of the chunks; shapes there."""
+
+    Qg: torch.Tensor
+    Eg: torch.Tensor
+    Kt: torch.Tensor
+    A: torch.Tensor
+    Aqk: torch.Tensor
+    totals: torch.Tensor
+    row_scales: torch.Tensor
+
+
+def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options) -> Scores:
+    """Everything of the chunks that does not need the state."""
+    KP, C, at = const["KP"], const["C"], options.chunks
+    chunks = len(at.start)
+    new, exact = functools.partial(q.new_empty, dtype=options.dot), functools.partial(q.new_empty, dtype=torch.float32)
+    Qg, Eg, Kt = (new((chunks, HV, C, KP)) for _ in range(3))
+    A, Aqk = (new((chunks, HV, C, C)) for _ in range(2))
+    inverses = exact((chunks, HV, C, 16))
+    totals, row_scales = exact((chunks, HV, 2, KP)), exact((chunks, HV, 2, C))
+    _launch(
+        block_scores_kernel, (chunks, HV), options.config.block_scores, const,
+        q, k, b, g, A_log, dt_bias, at.start, at.rows, Aqk, inverses, row_scales, options.scale, options.lower_bound,
+    )  # fmt: skip
+    _launch(
+        chunk_scores_kernel, (chunks, HV), options.config.chunk_scores, const,
+        q, k, b, g, A_log, dt_bias, inverses, row_scales, span_table(C, torch.float16, q.device), at.start, at.rows,
+        Qg, Eg, Kt, A, Aqk, totals, options.lower_bound,
+    )  # fmt: skip
+    return Scores(Qg, Eg, Kt, A, Aqk, totals, row_scales)
+
+
+def scan_forward(scores: Scores, v, w, initial_state, const: dict, options: Options, save: bool):
+    """o [T, HV, V], the final state if asked for, and if saved the state before each chunk S and R; shapes in
+    scan.py."""
+    HV, K, KP, V, VP, C = (const[name] for name in ("HV", "K", "KP", "V", "VP", "C"))
+    at = options.chunks
+    chunks, sequences = len(at.start), len(at.seqlens) - 1
+    o = torch.empty_like(v)
+    final_state = v.new_empty((sequences, HV, K, V), dtype=torch.float32) if options.output_final_state else None
+    S = v.new_empty((chunks, HV, KP, VP), dtype=options.dot) if save else None
+    R = v.new_empty((chunks, HV, C, VP), dtype=options.dot) if save else None
+    Qg, Eg, Kt, A, Aqk, totals, _ = scores
+    _launch(
+        forward_scan_kernel, (VP // TILE, sequences * HV), options.config.forward_scan, const,
+        Qg, Eg, Kt, A, Aqk, totals, v, w, initial_state, at.seqlens, at.first, o, final_state, S, R,
+        HAS_INITIAL=initial_state is not None, WANT_FINAL=final_state is not None, SAVE=save,
+    )  # fmt: skip
+    return o, final_state, S, R
+
+
+def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, do, dfinal_state, const, options):
+    """The gradients of q, k, v, g, b, w, A_log, dt_bias and initial_state, None where there is none."""
+    H, HV, K, KP, VP, C = (const[name] for name in ("H", "HV", "K", "KP", "VP", "C"))
+    at = options.chunks
+    chunks, sequences = len(at.start), len(at.seqlens) - 1
+    new, exact = functools.partial(q.new_empty, dtype=options.dot), functools.partial(q.new_empty, dtype=torch.float32)
+    Qg, Eg, Kt, A, Aqk, totals, row_scales = scores
+
+    dv, dw = torch.empty_like(v), torch.empty_like(w)
+    dinitial_state = torch.empty_like(initial_state) if initial_state is not None else None
+    dS, dZ = new((chunks, HV, KP, VP)), new((chunks, HV, C, VP))
+    _launch(
+        backward_scan_kernel, (VP // TILE, sequences * HV), options.config.backward_scan, const,
+        Qg, Eg, Kt, A, Aqk, totals, v, w, do, dfinal_state, at.seqlens, at.first, dv, dw, dinitial_state, dS, dZ,
+        HAS_FINAL=dfinal_state is not None, WANT_INITIAL=initial_state is not None,
+    )  # fmt: skip
+
+    Wq, Wt = (new((chunks, HV, C, C)) for _ in range(2))
+    row_sums = exact((chunks, HV, 3, C))
+    _launch(
+        score_gradients_kernel, (chunks, HV), options.config.score_gradients, const,
+        o, do, v, w, dZ, R, at.start, at.rows, Wq, Wt, row_sums,
+    )  # fmt: skip
+
+    dQg, dEg, dKt = (new((chunks, HV, C, KP)) for _ in range(3))
+    dg_halves = exact((chunks, HV, 2, KP))
+    _launch(
+        state_gradients_kernel, (KP // TILE, chunks, HV), options.config.state_gradients, const,
+        do, dZ, R, S, dS, Qg, Eg, Kt, totals, at.start, at.rows, dQg, dEg, dKt, dg_halves,
+    )  # fmt: skip
+    del dZ, dS
+
+    # Heads that share a query and key add their gradients in fp32.
+    dq, dk = (b.new_empty(b.shape, dtype=x.dtype if HV == H else torch.float32) for x in (q, k))
+    db, dg = torch.empty_like(b), torch.empty_like(g)
+    dA_log = dbias = None
+    if options.gate:  # one sum per program; spare chunks leave theirs at zero
+        dA_log = q.new_zeros((chunks, HV, 2 * KP // TILE), dtype=torch.float32)
+        dbias = q.new_zeros((chunks, HV, 2, KP), dtype=torch.float32)
+    _launch(
+        input_gradients_kernel, (2 * KP // TILE, chunks, HV), options.config.input_gradients, const,
+        q, k, b, g, A_log, dt_bias, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, totals, row_scales,
+        span_table(C // 2, torch.float16, q.device), span_table_transposed(C // 2, options.dot, q.device),
+        at.start, at.rows,
+        dq, dk, db, dg, dA_log, dbias, options.scale, options.lower_bound,
+    )  # fmt: skip
+    if HV != H:
+        dq, dk = (d.view(-1, H, HV // H, K).sum(2).to(x.dtype) for d, x in ((dq, q), (dk, k)))
+    if options.gate:
+        dA_log = dA_log.sum((0, 2)).to(A_log.dtype)
+        dbias = dbias.sum((0, 2))[:, :K].to(dt_bias.dtype)
+    return dq, dk, dv, dg, db, dw, dA_log, dbias, dinitial_state
 
 
 class _ChunkGDN2(torch.autograd.Function):
@@ -136,103 +223,30 @@ class _ChunkGDN2(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, b, w, A_log, dt_bias, initial_state, options: Options):
-        at = options.chunks
         const = options.constants(q, v)
-        HV, K, KP, V, VP, C = (const[name] for name in ("HV", "K", "KP", "V", "VP", "C"))
-        chunks, sequences, dot = len(at.start), len(at.seqlens) - 1, options.dot
         train = any(ctx.needs_input_grad)
-
-        def new(*shape, dtype=dot):
-            return torch.empty(shape, dtype=dtype, device=q.device)
-
-        Qg, Eg, Kt = (new(chunks, HV, C, KP) for _ in range(3))
-        A, Aqk = (new(chunks, HV, C, C) for _ in range(2))
-        decay, totals = new(chunks, HV, KP, dtype=torch.float32), new(chunks, HV, 2, KP, dtype=torch.float32)
-        row_scales = new(chunks, HV, 3, C, dtype=torch.float32)
-        exponents = new(chunks, HV, 2, C, KP, dtype=torch.float16)
-        _launch(
-            prepare_kernel, (chunks, HV), options.config.prepare, const,
-            q, k, b, g, A_log, dt_bias, span_table(C // 2, torch.float16, q.device), at.start, at.rows,
-            Qg, Eg, Kt, A, Aqk, decay, exponents, totals, row_scales, options.scale, options.lower_bound,
-        )  # fmt: skip
-
-        o = torch.empty_like(v)
-        final_state = new(sequences, HV, K, V, dtype=torch.float32) if options.output_final_state else None
-        S, R = (new(chunks, HV, KP, VP), new(chunks, HV, C, VP)) if train else (None, None)
-        _launch(
-            forward_scan_kernel, (VP // TILE, sequences * HV), options.config.forward_scan, const,
-            Qg, Eg, Kt, A, Aqk, decay, v, w, initial_state, at.seqlens, at.first, o, final_state, S, R,
-            STAGES=options.config.forward_scan[1], HAS_INITIAL=initial_state is not None,
-            WANT_FINAL=final_state is not None, SAVE=train,
-        )  # fmt: skip
+        scores = prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options)
+        save = train and options.recompute != "all"
+        o, final_state, S, R = scan_forward(scores, v, w, initial_state, const, options, save)
         if train:
+            kept = () if options.recompute != "none" else scores
             ctx.options = options
-            scores = (Qg, Eg, Kt, A, Aqk, decay, exponents, totals, row_scales)
-            ctx.save_for_backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, *scores, S, R)
+            ctx.save_for_backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, S, R, *kept)
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal_state):
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, o, *scores, S, R = ctx.saved_tensors
-        Qg, Eg, Kt, A, Aqk, decay, exponents, totals, row_scales = scores
+        q, k, v, g, b, w, A_log, dt_bias, initial_state, o, S, R, *kept = ctx.saved_tensors
         options = ctx.options
-        at = options.chunks
         const = options.constants(q, v)
-        H, HV, K, KP, VP, C = (const[name] for name in ("H", "HV", "K", "KP", "VP", "C"))
-        chunks, sequences, dot = len(at.start), len(at.seqlens) - 1, options.dot
+        scores = Scores(*kept) if kept else prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options)
+        if S is None:
+            _, _, S, R = scan_forward(scores, v, w, initial_state, const, options, save=True)
         do = do.contiguous()
-        if dfinal_state is not None:
-            dfinal_state = dfinal_state.contiguous()
-
-        def new(*shape, dtype=dot):
-            return torch.empty(shape, dtype=dtype, device=q.device)
-
-        dv, dw = torch.empty_like(v), torch.empty_like(w)
-        dinitial_state = torch.empty_like(initial_state) if initial_state is not None else None
-        dS, dZ = new(chunks, HV, KP, VP), new(chunks, HV, C, VP)
-        _launch(
-            backward_scan_kernel, (VP // TILE, sequences * HV), options.config.backward_scan, const,
-            Qg, Eg, Kt, A, Aqk, decay, v, w, do, dfinal_state, at.seqlens, at.first, dv, dw, dinitial_state, dS, dZ,
-            STAGES=options.config.backward_scan[1], HAS_FINAL=dfinal_state is not None,
-            WANT_INITIAL=initial_state is not None,
-        )  # fmt: skip
-
-        Wq, Wt = (new(chunks, HV, C, C) for _ in range(2))
-        row_sums = new(chunks, HV, 3, C, dtype=torch.float32)
-        _launch(
-            score_gradients_kernel, (chunks, HV), options.config.score_gradients, const,
-            o, do, v, w, dZ, R, at.start, at.rows, Wq, Wt, row_sums,
-        )  # fmt: skip
-
-        dQg, dEg, dKt = (new(chunks, HV, C, KP) for _ in range(3))
-        dg_halves = new(chunks, HV, 2, KP, dtype=torch.float32)
-        _launch(
-            state_gradients_kernel, (KP // TILE, chunks, HV), options.config.state_gradients, const,
-            do, dZ, R, S, dS, Qg, Eg, Kt, decay, at.start, at.rows, dQg, dEg, dKt, dg_halves,
-        )  # fmt: skip
-        del dZ, dS
-
-        # Heads that share a query and key add their gradients in fp32.
-        dq, dk = (new(*b.shape, dtype=x.dtype if HV == H else torch.float32) for x in (q, k))
-        db, dg = torch.empty_like(b), torch.empty_like(g)
-        dA_log = dbias = None
-        if options.gate:  # one sum per program; spare chunks leave theirs at zero
-            dA_log = torch.zeros(chunks, HV, 2 * KP // TILE, dtype=torch.float32, device=q.device)
-            dbias = torch.zeros(chunks, HV, 2, KP, dtype=torch.float32, device=q.device)
-        _launch(
-            input_gradients_kernel, (2 * KP // TILE, chunks, HV), options.config.input_gradients, const,
-            q, k, b, g, A_log, dt_bias, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, exponents, totals, row_scales,
-            span_table(C // 2, torch.float16, q.device), span_table_transposed(C // 2, dot, q.device),
-            at.start, at.rows,
-            dq, dk, db, dg, dA_log, dbias, options.scale, options.lower_bound,
-        )  # fmt: skip
-        if HV != H:
-            dq, dk = (d.view(-1, H, HV // H, K).sum(2).to(x.dtype) for d, x in ((dq, q), (dk, k)))
-        if options.gate:
-            dA_log = dA_log.sum((0, 2)).to(A_log.dtype)
-            dbias = dbias.sum((0, 2))[:, :K].to(dt_bias.dtype)
-        return dq, dk, dv, dg, db, dw, dA_log, dbias, dinitial_state, None
+        dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+        inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state)
+        return *backward(*inputs, o, scores, S, R, do, dfinal_state, const, options), None
 
 
 def _check(q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens, use_gate, lower_bound):
@@ -241,7 +255,7 @@ def _check(q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens, use_gate
         raise UserError(
             f"chunk_gdn2 takes q [B, T, H, K] and v [B, T, HV, V]; got {tuple(q.shape)} and {tuple(v.shape)}."
         )
-    if not (q.is_cuda or isinstance(prepare_kernel, InterpretedFunction)):
+    if not (q.is_cuda or isinstance(block_scores_kernel, InterpretedFunction)):
         raise UserError(f"chunk_gdn2: the fused kernels run on a GPU and q is on {q.device}; use the plain path there.")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -297,6 +311,7 @@ def chunk_gdn2_fused(
     A_log: Optional[torch.Tensor] = None,
     dt_bias: Optional[torch.Tensor] = None,
     lower_bound: Optional[float] = None,
+    recompute: str = "none",
     config: Optional[Config] = None,
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """Gated DeltaNet-2 over whole sequences (arXiv 2605.22791, eq. 10), forward and backward in fused Triton kernels.
@@ -308,7 +323,8 @@ def chunk_gdn2_fused(
     after their sigmoid. scale defaults to K ** -0.5. initial_state [N, HV, K, V] fp32; cu_seqlens [N + 1] packs N
     sequences into B = 1, without a host sync. use_qk_l2norm_in_kernel: q and k become x / sqrt(sum x^2 + 1e-6).
     use_gate_in_kernel: g becomes -exp(A_log) softplus(g + dt_bias), or lower_bound sigmoid(exp(A_log) (g + dt_bias));
-    A_log [HV], dt_bias [HV * K]. `config` replaces the fixed configuration, for tuning.
+    A_log [HV], dt_bias [HV * K]. recompute: what the backward pass computes again rather than
+    keeping, "none", "scores" or "all", from fastest to smallest. `config` replaces the fixed configuration, for tuning.
 
     Returns o [B, T, HV, V] in v's type and the final state [N, HV, K, V] fp32, or None. Raises UserError for
     arguments that do not fit.
@@ -319,7 +335,10 @@ def chunk_gdn2_fused(
     # The interpreter computes bf16 dots wrongly; fp16 would overflow where the state grows, so it runs in tf32 like
     # fp32.
     dot = torch.bfloat16 if v.dtype == torch.bfloat16 and v.is_cuda else torch.float32
-    config = config or config_for(dot, padded(K))
+    if recompute not in RECOMPUTE:
+        raise UserError(f"chunk_gdn2: recompute is one of {', '.join(RECOMPUTE)}; got {recompute!r}.")
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    config = config or config_for(dot, padded(K), capability)
     if cu_seqlens is None:
         chunks = index_equal_chunks(B, T, config.chunk, q.device)
     else:
@@ -339,6 +358,7 @@ def chunk_gdn2_fused(
         chunks=chunks,
         config=config,
         dot=dot,
+        recompute=recompute,
     )
     tokens = (x.reshape(B * T, *x.shape[2:]).contiguous() for x in (q, k, v, g, b, w))
     if initial_state is not None:

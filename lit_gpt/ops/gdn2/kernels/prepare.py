@@ -4,66 +4,106 @@ in parallel.
 With e = b * k, q scaled (and q, k L2-normed on request), head and tail the decays from the chunk's start and to its
 end (decay.py):
 
-    Qg = q * head      Eg = e * head      Kt = k * tail      decay = the whole chunk's
+    Qg = q * head      Eg = e * head      Kt = k * tail
     Aqk = tril(q decay k^T)    T = stril(e decay k^T)        A = (I + T)^-1
 
-The scores come block by block: across the two halves by one product, within a half by one product and a mask per
-level. The inverse of a half doubles its blocks, D_2h = D_h - D_h T_h D_h with T_h the part of T at level h; the
-halves join as A10 = -A11 T10 A00.
-
-Reads q, k [T, H, K], b, g [T, HV, K]. Writes Qg, Eg, Kt [chunks, HV, C, KP], A, Aqk [chunks, HV, C, C], decay
-[chunks, HV, KP], and for the backward pass exponents [chunks, HV, 2, C, KP] fp16 (x as two summands), totals
-[chunks, HV, 2, KP] (each half's decay) and row_scales [chunks, HV, 3, C] (1 / norm of q, 1 / norm of k, q . k).
+The scores come level by level, each level one product and a mask, and the inverse doubles its blocks in the same
+order, D_2h = D_h - D_h T_h D_h with T_h the part of T at level h. block_scores_kernel does what lies within blocks of
+16 rows, as products of blocks [C / 16, 16, BK]: a warp holds its block in registers through all four levels.
+chunk_scores_kernel does the rest. Each is small enough for three programs on a multiprocessor, which hides more than
+reading q, k, b and g a second time costs.
 """
 
 import triton
 import triton.language as tl
 
-from .decay import log_decay, span_factor, split_log2
+from .decay import block_factor, coupled, factor, level_span, log_decay, split_log2
 
 
 @triton.jit
-def half_scores(
-    Sqk, T, q, k, e, hi, lo, spans, N: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Adds to Sqk, T [N, N] what one tile of channels q, k, e [BK, N] gives to the pairs i > j of a half."""
-    i = tl.arange(0, N)
-    row, col = i[:, None], i[None, :]
-    for level in range(LEVELS):
-        h = N >> (level + 1)
-        f = span_factor(spans, 2 + level, hi, lo, N)
-        odd = (i & h)[None, :] != 0
-        kf = k * f
-        yq, ye = tl.where(odd, q * f, kf).to(DOT), tl.where(odd, e * f, kf).to(DOT)
-        couple = (((row ^ col) & -h) == h) & (row > col)
-        Sqk += tl.where(couple, tl.dot(tl.trans(yq), yq, input_precision=PRECISION), 0.0)
-        T += tl.where(couple, tl.dot(tl.trans(ye), ye, input_precision=PRECISION), 0.0)
-    return Sqk, T
-
-
-@triton.jit
-def half_inverse(T, N: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + T)^-1 of a strictly lower triangular T [N, N], doubling the blocks."""
-    i = tl.arange(0, N)
-    row, col = i[:, None], i[None, :]
-    D = tl.where(row == col, 1.0, tl.where((row ^ col) == 1, -T, 0.0))
-    for level in tl.static_range(1, LEVELS):
-        h = 1 << level
-        Th = tl.where(((row ^ col) & -h) == h, T, 0.0)
-        D -= tl.dot(tl.dot(D, Th, input_precision=PRECISION), D, input_precision=PRECISION)
-    return D
-
-
-@triton.jit
-def prepare_kernel(
-    q, k, b, g, A_log, dt_bias, spans, chunk_start, chunk_rows,
-    Qg, Eg, Kt, A, Aqk, decay, exponents, totals, row_scales,
+def block_scores_kernel(
+    q, k, b, g, A_log, dt_bias, chunk_start, chunk_rows,
+    Aqk, D, row_scales,
     scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    LEVELS: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    N: tl.constexpr = C // 2
+    """Reads q, k [T, H, K], b, g [T, HV, K]. Writes the blocks on the diagonal of Aqk [chunks, HV, C, C], the inverses
+    D [chunks, HV, C / 16, 16, 16] fp32 of those of I + T, and row_scales [chunks, HV, 2, C]: scale / norm of q, 1 /
+    norm of k."""
+    L: tl.constexpr = C // 16
+    n, hv = tl.program_id(0), tl.program_id(1)
+    h = hv // (HV // H)
+    start = tl.load(chunk_start + n).to(tl.int64)
+    rows = tl.load(chunk_rows + n)
+    if rows == 0:
+        return
+    base = n.to(tl.int64) * HV + hv
+    q += (start * H + h) * K
+    k += (start * H + h) * K
+    b += (start * HV + hv) * K
+    g += (start * HV + hv) * K
+    row_scales += base * 2 * C
+    i, r = tl.arange(0, C), tl.arange(0, 16)
+    block, row, col = tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
+    S, T = tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32)
+    qq, kk, qk = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for s in range(0, KP, BK):
+        d = s + tl.arange(0, BK)[None, :]
+        mask = (i[:, None] < rows) & (d < K)
+        at, at_hv = i[:, None] * (H * K) + d, i[:, None] * (HV * K) + d
+        gs = tl.load(g + at_hv, mask, 0.0)
+        q_raw, k_raw = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0)
+        b_raw = tl.load(b + at_hv, mask, 0.0)
+        gs = gs.to(tl.float32)
+        if GATE:
+            a_log = tl.load(A_log + hv).to(tl.float32)
+            bias = tl.load(dt_bias + hv * K + d, d < K, 0.0).to(tl.float32)
+            gs = tl.where(mask, log_decay(gs, a_log, bias, lower_bound, GATE), 0.0)
+        hi, lo = split_log2(gs)
+        hi, lo = hi.reshape(L, 16, BK), lo.reshape(L, 16, BK)
+        # The scores are of raw q and k; rows and columns are scaled at the end.
+        qs, ks, bs = q_raw.reshape(L, 16, BK), k_raw.reshape(L, 16, BK), b_raw.reshape(L, 16, BK)
+        for level in tl.static_range(4):
+            f = block_factor(level_span(row, col, 8 >> level), hi, lo)
+            kf = ks * f
+            y = tl.permute(kf.to(DOT), (0, 2, 1))
+            couple = coupled(row, col, 8 >> level)
+            S += tl.where(couple, tl.dot((qs * f).to(DOT), y, input_precision=PRECISION), 0.0)
+            T += tl.where(couple, tl.dot((bs * kf).to(DOT), y, input_precision=PRECISION), 0.0)
+        q32, k32 = q_raw.to(tl.float32), k_raw.to(tl.float32)
+        qk += tl.sum(q32 * k32, 1)
+        if L2NORM:
+            qq += tl.sum(q32 * q32, 1)
+            kk += tl.sum(k32 * k32, 1)
+
+    if L2NORM:
+        q_scale, k_scale = tl.rsqrt(qq + 1e-6) * scale, tl.rsqrt(kk + 1e-6)
+    else:
+        q_scale, k_scale = tl.full([C], 1.0, tl.float32) * scale, tl.full([C], 1.0, tl.float32)
+    tl.store(row_scales + i, q_scale)
+    tl.store(row_scales + C + i, k_scale)
+    q_scale, k_scale, diagonal = q_scale.reshape(L, 16), k_scale.reshape(L, 16), qk.reshape(L, 16)
+    S = tl.where(row == col, diagonal[:, :, None], S) * q_scale[:, :, None] * k_scale[:, None, :]
+    tl.store(Aqk + base * C * C + (block * 16 + row) * C + block * 16 + col, S.to(DOT))
+    T *= k_scale[:, :, None] * k_scale[:, None, :]
+    inverse = tl.where(row == col, 1.0, tl.where((row ^ col) == 1, -T, 0.0))
+    for level in tl.static_range(1, 4):
+        Th = tl.where(coupled(row, col, 1 << level), T, 0.0)
+        inverse -= tl.dot(tl.dot(inverse, Th, input_precision=PRECISION), inverse, input_precision=PRECISION)
+    tl.store(D + base * C * 16 + block * 256 + row * 16 + col, inverse)
+
+
+@triton.jit
+def chunk_scores_kernel(
+    q, k, b, g, A_log, dt_bias, D, row_scales, spans, chunk_start, chunk_rows,
+    Qg, Eg, Kt, A, Aqk, totals,
+    lower_bound,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Reads what block_scores_kernel reads and wrote. Writes Qg, Eg, Kt [chunks, HV, C, KP], A, the rest of Aqk
+    [chunks, HV, C, C] and totals [chunks, HV, 2, KP] fp32, the sums of x over each half."""
     n, hv = tl.program_id(0), tl.program_id(1)
     h = hv // (HV // H)
     start = tl.load(chunk_start + n).to(tl.int64)
@@ -78,97 +118,61 @@ def prepare_kernel(
     Qg += base * C * KP
     Eg += base * C * KP
     Kt += base * C * KP
-    A += base * C * C
-    Aqk += base * C * C
-    decay += base * KP
-    exponents += base * 2 * C * KP
     totals += base * 2 * KP
-    row_scales += base * 3 * C
-
-    # Row sums and exponents; the program reads them back below in its other layout.
+    row_scales += base * 2 * C
     i = tl.arange(0, C)
-    qq, kk, qk = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    row, col = i[:, None], i[None, :]
+    square = row * C + col
+    head_span, tail_span = tl.load(spans + square), tl.load(spans + C * C + square)
+    half_span, quarter_span = tl.load(spans + 2 * C * C + square), tl.load(spans + (1 + WIDE) * C * C + square)
+    q_scale, k_scale = tl.load(row_scales + i)[:, None], tl.load(row_scales + C + i)[:, None]
+    S, T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for s in range(0, KP, BK):
-        d = s + tl.arange(0, BK)
-        mask = (i < rows)[:, None] & (d < K)[None, :]
-        at = i[:, None] * (H * K) + d[None, :]
-        qs = tl.load(q + at, mask, 0.0).to(tl.float32)
-        ks = tl.load(k + at, mask, 0.0).to(tl.float32)
-        qq += tl.sum(qs * qs, 1)
-        kk += tl.sum(ks * ks, 1)
-        qk += tl.sum(qs * ks, 1)
-        gs = tl.load(g + i[:, None] * (HV * K) + d[None, :], mask, 0.0).to(tl.float32)
+        d = s + tl.arange(0, BK)[None, :]
+        mask = (row < rows) & (d < K)
+        at, at_hv, local = row * (H * K) + d, row * (HV * K) + d, row * KP + d
+        gs = tl.load(g + at_hv, mask, 0.0)
+        qs, ks = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0)
+        bs = tl.load(b + at_hv, mask, 0.0)
+        gs = gs.to(tl.float32)
         if GATE:
             a_log = tl.load(A_log + hv).to(tl.float32)
-            bias = tl.load(dt_bias + hv * K + d, d < K, 0.0).to(tl.float32)[None, :]
+            bias = tl.load(dt_bias + hv * K + d, d < K, 0.0).to(tl.float32)
             gs = tl.where(mask, log_decay(gs, a_log, bias, lower_bound, GATE), 0.0)
         hi, lo = split_log2(gs)
-        at = i[:, None] * KP + d[None, :]
-        tl.store(exponents + at, hi)
-        tl.store(exponents + C * KP + at, lo)
-        x = hi.to(tl.float32) + lo.to(tl.float32)
-        first, second = tl.sum(tl.where(i[:, None] < N, x, 0.0), 0), tl.sum(tl.where(i[:, None] < N, 0.0, x), 0)
-        tl.store(totals + d, tl.exp2(first))
-        tl.store(totals + KP + d, tl.exp2(second))
-        tl.store(decay + d, tl.exp2(first + second))
-    if L2NORM:
-        tl.store(row_scales + i, tl.rsqrt(qq + 1e-6))
-        tl.store(row_scales + C + i, tl.rsqrt(kk + 1e-6))
-    else:
-        tl.store(row_scales + i, tl.full([C], 1.0, tl.float32))
-        tl.store(row_scales + C + i, tl.full([C], 1.0, tl.float32))
-    tl.store(row_scales + 2 * C + i, qk)
-    tl.debug_barrier()
+        x = (hi.to(tl.float32) + lo.to(tl.float32)).reshape(2, C // 2, BK)
+        tl.store(totals + tl.arange(0, 2)[:, None] * KP + d, tl.sum(x, 1))
 
-    # The scores are of raw q and k; rows and columns are scaled at the end.
-    i = tl.arange(0, N)
-    Sqk00, Sqk10, Sqk11 = tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32)
-    T00, T10, T11 = tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32)
-    for s in range(0, KP, BK):
-        d = (s + tl.arange(0, BK))[:, None]
-        mask0, mask1 = (i < rows)[None, :] & (d < K), (N + i < rows)[None, :] & (d < K)
-        at, at_hv, local = d + i[None, :] * (H * K), d + i[None, :] * (HV * K), d + i[None, :] * KP
-        q0, k0 = tl.load(q + at, mask0, 0.0).to(tl.float32), tl.load(k + at, mask0, 0.0).to(tl.float32)
-        e0 = k0 * tl.load(b + at_hv, mask0, 0.0).to(tl.float32)
-        hi0, lo0 = tl.load(exponents + local), tl.load(exponents + C * KP + local)
-        q_scale, k_scale = tl.load(row_scales + i)[None, :] * scale, tl.load(row_scales + C + i)[None, :]
-        head = span_factor(spans, 0, hi0, lo0, N)
-        tl.store(Qg + local, (q0 * head * q_scale).to(DOT))
-        tl.store(Eg + local, (e0 * head * k_scale).to(DOT))
-        y0 = k0 * span_factor(spans, 1, hi0, lo0, N)
-        tl.store(Kt + local, (y0 * tl.load(totals + KP + d) * k_scale).to(DOT))
-        y0 = y0.to(DOT)
-        Sqk00, T00 = half_scores(Sqk00, T00, q0, k0, e0, hi0, lo0, spans, N, LEVELS, DOT, PRECISION)
+        # The scores are of raw q and k; rows and columns are scaled at the end. Rows and columns that do not belong
+        # to a level are set to 0, where what they would add is not above or on the diagonal anyway.
+        f = factor(half_span, hi, lo)
+        kf = ks * f
+        y = tl.trans(tl.where(row < C // 2, kf, 0.0).to(DOT))
+        S = tl.dot(tl.where(row < C // 2, 0.0, qs * f).to(DOT), y, S, input_precision=PRECISION)
+        T = tl.dot(tl.where(row < C // 2, 0.0, bs * kf).to(DOT), y, T, input_precision=PRECISION)
+        if WIDE == 2:
+            f = factor(quarter_span, hi, lo)
+            qf, kf = qs * f, ks * f
+            ef = bs * kf
+            y = tl.trans(kf.to(DOT))
+            S = tl.dot(tl.where(row < C // 2, qf, 0.0).to(DOT), y, S, input_precision=PRECISION)
+            T = tl.dot(tl.where(row < C // 2, ef, 0.0).to(DOT), y, T, input_precision=PRECISION)
+            y = tl.trans(tl.where(row < C // 2, 0.0, kf).to(DOT))
+            S = tl.dot(tl.where(row < C // 2, 0.0, qf).to(DOT), y, S, input_precision=PRECISION)
+            T = tl.dot(tl.where(row < C // 2, 0.0, ef).to(DOT), y, T, input_precision=PRECISION)
+        f = factor(head_span, hi, lo)
+        tl.store(Qg + local, (qs * f * q_scale).to(DOT))
+        tl.store(Eg + local, (bs * (ks * f) * k_scale).to(DOT))
+        f = factor(tail_span, hi, lo)
+        tl.store(Kt + local, (ks * f * k_scale).to(DOT))
 
-        q1 = tl.load(q + N * H * K + at, mask1, 0.0).to(tl.float32)
-        k1 = tl.load(k + N * H * K + at, mask1, 0.0).to(tl.float32)
-        e1 = k1 * tl.load(b + N * HV * K + at_hv, mask1, 0.0).to(tl.float32)
-        hi1, lo1 = tl.load(exponents + N * KP + local), tl.load(exponents + (C + N) * KP + local)
-        head = span_factor(spans, 0, hi1, lo1, N)
-        q_scale, k_scale = tl.load(row_scales + N + i)[None, :] * scale, tl.load(row_scales + C + N + i)[None, :]
-        total0 = tl.load(totals + d)
-        yq, ye = q1 * head, e1 * head
-        tl.store(Qg + N * KP + local, (yq * total0 * q_scale).to(DOT))
-        tl.store(Eg + N * KP + local, (ye * total0 * k_scale).to(DOT))
-        tl.store(Kt + N * KP + local, (k1 * span_factor(spans, 1, hi1, lo1, N) * k_scale).to(DOT))
-        Sqk10 = tl.dot(tl.trans(yq.to(DOT)), y0, Sqk10, input_precision=PRECISION)
-        T10 = tl.dot(tl.trans(ye.to(DOT)), y0, T10, input_precision=PRECISION)
-        Sqk11, T11 = half_scores(Sqk11, T11, q1, k1, e1, hi1, lo1, spans, N, LEVELS, DOT, PRECISION)
-
-    at = i[:, None] * C + i[None, :]
-    diagonal = i[:, None] == i[None, :]
-    q_scale0, q_scale1 = tl.load(row_scales + i) * scale, tl.load(row_scales + N + i) * scale
-    k_scale0, k_scale1 = tl.load(row_scales + C + i), tl.load(row_scales + C + N + i)
-    qk0, qk1 = tl.load(row_scales + 2 * C + i)[:, None], tl.load(row_scales + 2 * C + N + i)[:, None]
-    tl.store(Aqk + at, (tl.where(diagonal, qk0, Sqk00) * q_scale0[:, None] * k_scale0[None, :]).to(DOT))
-    tl.store(Aqk + N + at, tl.zeros([N, N], DOT))
-    tl.store(Aqk + N * C + at, (Sqk10 * q_scale1[:, None] * k_scale0[None, :]).to(DOT))
-    tl.store(Aqk + N * C + N + at, (tl.where(diagonal, qk1, Sqk11) * q_scale1[:, None] * k_scale1[None, :]).to(DOT))
-    A00 = half_inverse(T00 * k_scale0[:, None] * k_scale0[None, :], N, LEVELS, PRECISION)
-    A11 = half_inverse(T11 * k_scale1[:, None] * k_scale1[None, :], N, LEVELS, PRECISION)
-    T10 *= k_scale1[:, None] * k_scale0[None, :]
-    A10 = -tl.dot(tl.dot(A11, T10, input_precision=PRECISION), A00, input_precision=PRECISION)
-    tl.store(A + at, A00.to(DOT))
-    tl.store(A + N + at, tl.zeros([N, N], DOT))
-    tl.store(A + N * C + at, A10.to(DOT))
-    tl.store(A + N * C + N + at, A11.to(DOT))
+    across = tl.load(row_scales + C + i)[None, :]
+    block = (row // 16) == (col // 16)
+    S = tl.where(row > col, S * q_scale * across, 0.0)
+    tl.store(Aqk + base * C * C + square, S.to(DOT), row // 16 != col // 16)
+    T *= k_scale * across
+    inverse = tl.load(D + base * C * 16 + row * 16 + col % 16, block, 0.0)
+    for level in tl.static_range(WIDE):
+        Th = tl.where(coupled(row, col, 16 << level), T, 0.0)
+        inverse -= tl.dot(tl.dot(inverse, Th, input_precision=PRECISION), inverse, input_precision=PRECISION)
+    tl.store(A + base * C * C + square, inverse.to(DOT))

@@ -1,0 +1,56 @@
+"""The fixed launch configurations of the GDN-2 kernels: no tuning at run time. benchmarks/tune_gdn2.py searches for
+them, checks each against float64 and prints the rows below."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+
+TILE = 64
+"""Channels of V, or of K, that one program of a scan or of the gradients takes. Triton 3.6 computes narrower tiles
+wrongly there on Hopper (illegal accesses, garbage), so head sizes are padded to at least this."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel is launched."""
+
+    warps: int = 4
+    stages: int = 1
+    """Depth of the software pipeline."""
+    tile: int = TILE
+    """Channels of K that a program holds at a time."""
+    registers: Optional[int] = None
+    """Registers of a thread at most; fewer let more programs share a multiprocessor, too few spill."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One row of the table: rows of a chunk, and how each kernel is launched."""
+
+    chunk: int = 64
+    block_scores: Launch = field(default_factory=lambda: Launch(tile=32, registers=168))
+    chunk_scores: Launch = field(default_factory=lambda: Launch(tile=32, registers=168))
+    forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
+    backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
+    score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
+    state_gradients: Launch = field(default_factory=lambda: Launch(stages=2, registers=168))
+    input_gradients: Launch = field(default_factory=lambda: Launch(stages=3))
+
+
+def config_for(dot: torch.dtype, KP: int, capability: tuple[int, int]) -> Config:
+    """The configuration for dot operands of type `dot`, padded key size KP and a device of this compute capability.
+
+    Each fits the shared memory of a multiprocessor: 227 KiB on Hopper (9, 0), 163 KiB on Ampere's A100 (8, 0), 99 KiB
+    on its smaller kin. Measured on Hopper; the others keep to what fits, untimed.
+    """
+    hopper, wide = capability >= (9, 0), KP > 128
+    flat = dict.fromkeys(("score_gradients", "state_gradients", "input_gradients"), Launch())
+    scan = Launch(warps=8 if wide else 4)
+    if dot == torch.bfloat16:
+        if hopper:
+            return Config(forward_scan=scan, backward_scan=scan) if wide else Config()
+        return Config(chunk=32 if wide else 64, forward_scan=scan, backward_scan=scan, **flat)
+    small = Launch(tile=64)
+    chunk = 32 if wide or not hopper else 64
+    return Config(chunk, small, small, forward_scan=scan, backward_scan=scan, **flat)
