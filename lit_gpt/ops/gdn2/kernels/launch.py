@@ -1,7 +1,6 @@
 """chunk_gdn2 by fused kernels: checks, chunk index, launches, autograd.
 
-Three launches forward (block scores, chunk scores, forward scan), four backward (backward scan, score, state and input
-gradients).
+Two launches forward (prepare, forward scan), four backward (backward scan, score, state and input gradients).
 """
 
 import functools
@@ -19,7 +18,7 @@ from lit_gpt.errors import UserError
 from .config import TILE, Config, Launch, config_for
 from .decay import span_table, span_table_transposed
 from .gradients import input_gradients_kernel, score_gradients_kernel, state_gradients_kernel
-from .prepare import block_scores_kernel, chunk_scores_kernel
+from .prepare import prepare_kernel
 from .scan import backward_scan_kernel, forward_scan_kernel
 
 RECOMPUTE = ("none", "scores", "all")
@@ -130,16 +129,11 @@ def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options) 
     new, exact = functools.partial(q.new_empty, dtype=options.dot), functools.partial(q.new_empty, dtype=torch.float32)
     Qg, Eg, Kt = (new((chunks, HV, C, KP)) for _ in range(3))
     A, Aqk = (new((chunks, HV, C, C)) for _ in range(2))
-    inverses = exact((chunks, HV, C, 16))
     totals, row_scales = exact((chunks, HV, 2, KP)), exact((chunks, HV, 2, C))
     _launch(
-        block_scores_kernel, (chunks, HV), options.config.block_scores, const,
-        q, k, b, g, A_log, dt_bias, at.start, at.rows, Aqk, inverses, row_scales, options.scale, options.lower_bound,
-    )  # fmt: skip
-    _launch(
-        chunk_scores_kernel, (chunks, HV), options.config.chunk_scores, const,
-        q, k, b, g, A_log, dt_bias, inverses, row_scales, span_table(C, torch.float16, q.device), at.start, at.rows,
-        Qg, Eg, Kt, A, Aqk, totals, options.lower_bound,
+        prepare_kernel, (chunks, HV), options.config.prepare, const,
+        q, k, b, g, A_log, dt_bias, span_table(C, torch.float16, q.device), at.start, at.rows,
+        Qg, Eg, Kt, A, Aqk, totals, row_scales, options.scale, options.lower_bound,
     )  # fmt: skip
     return Scores(Qg, Eg, Kt, A, Aqk, totals, row_scales)
 
@@ -255,7 +249,7 @@ def _check(q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens, use_gate
         raise UserError(
             f"chunk_gdn2 takes q [B, T, H, K] and v [B, T, HV, V]; got {tuple(q.shape)} and {tuple(v.shape)}."
         )
-    if not (q.is_cuda or isinstance(block_scores_kernel, InterpretedFunction)):
+    if not (q.is_cuda or isinstance(prepare_kernel, InterpretedFunction)):
         raise UserError(f"chunk_gdn2: the fused kernels run on a GPU and q is on {q.device}; use the plain path there.")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
