@@ -48,7 +48,7 @@ from lit_gpt.training.cluster import processes
 from lit_gpt.training.describe import describe, resolved
 from lit_gpt.training.guards import Guard
 from lit_gpt.training.health import examine
-from lit_gpt.training.leaving import EXIT_CODE, Leaving, Poll
+from lit_gpt.training.leaving import EXIT_CODE, Leaving, Poll, seconds_of
 from lit_gpt.training.memory import TrainingMemory
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Origin, Plan, shortened
@@ -113,6 +113,7 @@ def setup(argv: Optional[list[str]] = None) -> None:
             raise UserError(f"--{name} should be at least 0, not {getattr(args, name)}.")
     if args.wandb_project and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb_project needs the package wandb: pip install wandb, or leave the flag out.")
+    time_limit = None if args.time_limit is None else seconds_of(args.time_limit)
     config = ModelConfig.from_name(args.model_name)
 
     cuda = args.accelerator != "cpu" and torch.cuda.is_available()
@@ -125,7 +126,7 @@ def setup(argv: Optional[list[str]] = None) -> None:
     layout = Layout.choose(args, count_parameters(config)[1], group.nodes, group.devices, device_bytes(cuda))
     if group.to_be_started:
         sys.exit(supervise([sys.executable, os.path.abspath(__file__), *argv], group.nodes, group.devices))
-    with Leaving(args.time_limit) as leaving:
+    with Leaving(time_limit) as leaving:
         fabric = build_fabric(layout, group.nodes, group.devices, cuda, group.environment)
         fabric.launch()
         with ending_together():
@@ -148,6 +149,8 @@ def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, layout: Layout
     cache = open_cache(fabric, args.compile_cache_dir or args.output_root / "compile_cache")
     if args.warm_up:
         console.print(warm_up(fabric, args, plan, config, cache), soft_wrap=True)
+        if leaving.ask(fabric.device):
+            console.print(leaving.farewell(0, plan.folder), soft_wrap=True)
         return
 
     architecture = {k: v for k, v in config.to_dict().items() if k != "name"}

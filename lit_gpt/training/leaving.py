@@ -46,9 +46,10 @@ class Leaving:
         agreed: why all ranks leave, once they know it.
     """
 
-    def __init__(self, time_limit: Optional[str] = None):
+    def __init__(self, seconds: Optional[int] = None):
+        """seconds: the time limit, from now on."""
         self.agreed: Optional[str] = None
-        self._deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
+        self._deadline = None if seconds is None else time.monotonic() + seconds
         self._heard: Optional[str] = None
 
     def __enter__(self) -> "Leaving":

@@ -126,7 +126,7 @@ class Records:
 
     def note(self, record: dict, text: str) -> None:
         """Something out of the ordinary: at least step and tokens, and what happened under a key of its own."""
-        self._write(record, text)
+        self._write(record, text, "yellow")
 
     def evaluation_missing(self, step: int, interval: int) -> bool:
         """Whether the run was left at `step` before the evaluation that was due then; only its first rank knows."""

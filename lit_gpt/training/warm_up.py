@@ -11,8 +11,9 @@ from torch import nn
 
 from cache import CompileCache
 from lit_gpt.config import ModelConfig
-from lit_gpt.tokens.batch import segment_offsets
+from lit_gpt.tokens.batch import Batch, segment_offsets
 from lit_gpt.training.args import PretrainArgs
+from lit_gpt.training.health import gate_statistics
 from lit_gpt.training.optimizer import adamw
 from lit_gpt.training.plan import Plan
 from lit_gpt.training.strategy import build_model
@@ -30,8 +31,8 @@ def open_cache(fabric: Fabric, folder: Path) -> Optional[CompileCache]:
 
 
 def warm_up(fabric: Fabric, args: PretrainArgs, plan: Plan, config: ModelConfig, cache: Optional[CompileCache]) -> str:
-    """A training step on one micro-batch and, where the run evaluates, a validation block, of random tokens at the
-    run's shapes. Returns a line that says what was compiled, on all ranks together.
+    """A training step on one micro-batch, a look at its health and, where the run evaluates, a validation block, of
+    random tokens at the run's shapes. Returns a line that says what was compiled, on all ranks together.
     """
     if cache is None:
         return "warm-up: nothing to compile, as this run uses no GPU."
@@ -41,6 +42,8 @@ def warm_up(fabric: Fabric, args: PretrainArgs, plan: Plan, config: ModelConfig,
     fabric.backward(_losses(fabric, args, config.vocab_size, model, plan.micro_batch, args.sequence_length).mean())
     fabric.clip_gradients(model, optimizer, max_norm=args.grad_clip or float("inf"), error_if_nonfinite=False)
     optimizer.step()
+    if args.health_step_interval:
+        gate_statistics(fabric, model, _random_batch(args, config.vocab_size, 1, args.sequence_length))
     if plan.eval_blocks:
         model.eval()
         with torch.no_grad():
@@ -55,7 +58,12 @@ def warm_up(fabric: Fabric, args: PretrainArgs, plan: Plan, config: ModelConfig,
 def _losses(
     fabric: Fabric, args: PretrainArgs, vocab_size: int, model: nn.Module, rows: int, length: int
 ) -> torch.Tensor:
-    """[rows, length]: losses on random tokens, two documents to a row."""
-    tokens = torch.randint(vocab_size, (rows, length + 1), device=fabric.device)
+    """[rows, length]: losses on random tokens."""
+    tokens, bounds = fabric.to_device(_random_batch(args, vocab_size, rows, length))
+    return model(tokens[:, :-1], tokens[:, 1:], cu_seqlens=bounds, rows_apart=True)
+
+
+def _random_batch(args: PretrainArgs, vocab_size: int, rows: int, length: int) -> Batch:
+    """Random tokens, two documents to a row."""
     bounds = segment_offsets([np.array([length // 2])] * rows, length) if args.document_reset else None
-    return model(tokens[:, :-1], tokens[:, 1:], cu_seqlens=fabric.to_device(bounds), rows_apart=True)
+    return Batch(torch.randint(vocab_size, (rows, length + 1)), bounds)

@@ -281,3 +281,28 @@ def test_health_of_shards_is_that_of_the_whole_and_changes_nothing(command, tmp_
             assert b["health"][name] == pytest.approx(a["health"][name], rel=1e-3)
         for name in ("block_grad_norm", "decay", "A_min", "A_max"):
             assert b["health"][name] == pytest.approx(a["health"][name], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_ordinary_step_never_waits_for_the_gpu(command, monkeypatch):
+    """PyTorch raises at every call inside an ordinary step that would wait; the first ones compile."""
+    real_accumulate, real_settle = pretrain.accumulate, Guard.settle
+
+    def accumulate(run, model, batches):
+        torch.cuda.set_sync_debug_mode("error" if run.step > 3 and run.step % 10 else "default")
+        return real_accumulate(run, model, batches)
+
+    def settle(self, wait):
+        if wait:
+            torch.cuda.set_sync_debug_mode("default")
+        return real_settle(self, wait)
+
+    monkeypatch.setattr(pretrain, "accumulate", accumulate)
+    monkeypatch.setattr(Guard, "settle", settle)
+    intervals = {"log_step_interval": 10, "save_step_interval": 30, "eval_step_interval": 30, "total_tokens": 30 * 512}
+    try:
+        flags = {"model_name": "swa_gdn2_3M", "accelerator": "cuda", "sequence_length": 128, "health_step_interval": 10}
+        pretrain.setup(command(**flags, **intervals))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

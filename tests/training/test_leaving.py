@@ -44,7 +44,7 @@ def test_a_signal_is_heard_and_nothing_is_left_behind(number):
 
 
 def test_the_time_limit_and_polls_that_answer_one_question_late():
-    with Leaving("1s") as leaving:
+    with Leaving(1) as leaving:
         poll = Poll(leaving, CPU)
         assert poll.ask() is None and poll.ask() is None
         time.sleep(1.05)

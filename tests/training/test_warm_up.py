@@ -21,7 +21,7 @@ def flags(root, corpus, model, **more) -> dict:
 
 
 @pytest.mark.parametrize("document_reset", [True, False])
-def test_a_training_step_and_a_validation_block_at_the_shapes_of_the_run(
+def test_a_step_a_look_at_health_and_a_validation_block_at_the_shapes_of_the_run(
     document_reset, tiny_corpus, tiny_model, tmp_path, monkeypatch
 ):
     args = PretrainArgs(**flags(tmp_path, tiny_corpus, tiny_model, document_reset=document_reset))
@@ -36,7 +36,8 @@ def test_a_training_step_and_a_validation_block_at_the_shapes_of_the_run(
     fabric = Fabric(accelerator="cpu", devices=1)
     cache = types.SimpleNamespace(compiled=5, found=7, folder="there")
     said = warm_up(fabric, args, Plan.make(args, 1, validation), ModelConfig.from_name(str(tiny_model)), cache)
-    assert calls == [((2, 32), document_reset, True, True), ((1, 64), document_reset, False, False)]
+    step, health, evaluation = ((2, 32), True, True), ((1, 32), False, True), ((1, 64), False, False)
+    assert calls == [(shape, document_reset, *modes) for shape, *modes in (step, health, evaluation)]
     assert "5 kernels compiled, 7 found in there" in said
 
 
