@@ -1,6 +1,6 @@
 """Fused Triton kernels for GDN-2 (Hopper first): decay (exact decay factors), prepare, scan, gradients, launch (the
 op)."""
 
-from .launch import chunk_gdn2_fused
+from .op import chunk_gdn2_fused
 
 __all__ = ["chunk_gdn2_fused"]

@@ -1,7 +1,7 @@
 """The fixed launch configurations of the GDN-2 kernels: no tuning at run time. benchmarks/tune_gdn2.py searches for
 them, checks each against float64 and prints the rows below."""
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Optional
 
 import torch
@@ -35,6 +35,18 @@ class Config:
     score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
     state_gradients: Launch = field(default_factory=lambda: Launch(stages=2, registers=168))
     input_gradients: Launch = field(default_factory=lambda: Launch(stages=3))
+
+    def flat(self) -> list[int]:
+        """As integers, which operators take; no bound on registers is 0."""
+        launches = [getattr(self, field.name) for field in fields(self)[1:]]
+        return [self.chunk, *(number or 0 for launch in launches for number in astuple(launch))]
+
+    @classmethod
+    def from_flat(cls, numbers: list[int]) -> "Config":
+        """The inverse of flat."""
+        chunk, *rest = numbers
+        launches = (rest[i : i + 4] for i in range(0, len(rest), 4))
+        return cls(chunk, *(Launch(*launch, registers or None) for *launch, registers in launches))
 
 
 def config_for(dot: torch.dtype, KP: int, capability: tuple[int, int]) -> Config:

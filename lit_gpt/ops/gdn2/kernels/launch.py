@@ -1,4 +1,4 @@
-"""chunk_gdn2 by fused kernels: checks, chunk index, launches, autograd.
+"""What chunk_gdn2 launches, forward and backward, over an index of the chunks.
 
 Two launches forward (prepare, forward scan), four backward (backward scan, score, state and input gradients).
 """
@@ -10,12 +10,8 @@ from typing import NamedTuple, Optional
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
-from triton.runtime.interpreter import InterpretedFunction
 
-from lit_gpt.errors import UserError
-
-from .config import TILE, Config, Launch, config_for
+from .config import TILE, Config, Launch
 from .decay import span_table, span_table_transposed
 from .gradients import input_gradients_kernel, score_gradients_kernel, state_gradients_kernel
 from .prepare import prepare_kernel
@@ -60,7 +56,21 @@ def index_chunks(seqlens: torch.Tensor, chunks: int, C: int) -> Chunks:
 @functools.lru_cache(maxsize=64)
 def index_equal_chunks(B: int, T: int, C: int, device: torch.device) -> Chunks:
     """The chunks of B sequences of T tokens each."""
-    return index_chunks(torch.arange(B + 1, device=device) * T, B * triton.cdiv(T, C), C)
+    return index_chunks(torch.arange(B + 1, device=device) * T, number_of_chunks(B * T, B, None, C), C)
+
+
+def number_of_chunks(tokens: int, B: int, cu_seqlens: Optional[torch.Tensor], C: int) -> int:
+    """Chunks of C rows in B sequences of equal length, or in packed ones with the spare chunks."""
+    if cu_seqlens is None:
+        return B * -(-(tokens // B) // C)
+    return -(-tokens // C) + cu_seqlens.numel() - 2
+
+
+def chunks_of(tokens: int, B: int, cu_seqlens: Optional[torch.Tensor], C: int, device: torch.device) -> Chunks:
+    """These chunks."""
+    if cu_seqlens is None:
+        return index_equal_chunks(B, tokens // B, C, device)
+    return index_chunks(cu_seqlens, number_of_chunks(tokens, B, cu_seqlens, C), C)
 
 
 @dataclass(frozen=True)
@@ -209,153 +219,3 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
         dA_log = dA_log.sum((0, 2)).to(A_log.dtype)
         dbias = dbias.sum((0, 2))[:, :K].to(dt_bias.dtype)
     return dq, dk, dv, dg, db, dw, dA_log, dbias, dinitial_state
-
-
-class _ChunkGDN2(torch.autograd.Function):
-    """q, k [T, H, K]; v, w [T, HV, V]; g, b [T, HV, K]; A_log [HV]; dt_bias [HV, K]; initial_state [N, HV, K, V] -> o
-    [T, HV, V], final_state."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, g, b, w, A_log, dt_bias, initial_state, options: Options):
-        const = options.constants(q, v)
-        train = any(ctx.needs_input_grad)
-        scores = prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options)
-        save = train and options.recompute != "all"
-        o, final_state, S, R = scan_forward(scores, v, w, initial_state, const, options, save)
-        if train:
-            kept = () if options.recompute != "none" else scores
-            ctx.options = options
-            ctx.save_for_backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, S, R, *kept)
-        return o, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dfinal_state):
-        q, k, v, g, b, w, A_log, dt_bias, initial_state, o, S, R, *kept = ctx.saved_tensors
-        options = ctx.options
-        const = options.constants(q, v)
-        scores = Scores(*kept) if kept else prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options)
-        if S is None:
-            _, _, S, R = scan_forward(scores, v, w, initial_state, const, options, save=True)
-        do = do.contiguous()
-        dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
-        inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state)
-        return *backward(*inputs, o, scores, S, R, do, dfinal_state, const, options), None
-
-
-def _check(q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens, use_gate, lower_bound):
-    """One clear line for every argument that does not fit."""
-    if q.dim() != 4 or v.dim() != 4:
-        raise UserError(
-            f"chunk_gdn2 takes q [B, T, H, K] and v [B, T, HV, V]; got {tuple(q.shape)} and {tuple(v.shape)}."
-        )
-    if not (q.is_cuda or isinstance(prepare_kernel, InterpretedFunction)):
-        raise UserError(f"chunk_gdn2: the fused kernels run on a GPU and q is on {q.device}; use the plain path there.")
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
-    if T == 0:
-        raise UserError("chunk_gdn2: q holds no token (T = 0); give it at least one.")
-    keys, values, gates = (B, T, H, K), (B, T, HV, V), (B, T, HV, K)
-    for name, x, shape in (("k", k, keys), ("v", v, values), ("w", w, values), ("g", g, gates), ("b", b, gates)):
-        if tuple(x.shape) != shape:
-            raise UserError(
-                f"chunk_gdn2: {name} must be {list(shape)} to go with q {list(q.shape)} and v {list(v.shape)}; "
-                f"got {list(x.shape)}."
-            )
-    if HV % H:
-        raise UserError(f"chunk_gdn2: {HV} value heads do not split over {H} query heads; use a multiple.")
-    if not (16 <= K <= 256 and 16 <= V <= 256):
-        raise UserError(f"chunk_gdn2: the fused kernels take head sizes from 16 to 256; got K={K}, V={V}.")
-    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("b", b), ("w", w)):
-        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise UserError(
-                f"chunk_gdn2: the fused kernels take bf16, fp16 or fp32; {name} is {x.dtype}. "
-                "The plain path takes fp64."
-            )
-        if x.device != q.device:
-            raise UserError(f"chunk_gdn2: {name} is on {x.device} while q is on {q.device}; move them to one device.")
-    if cu_seqlens is not None and B != 1:
-        raise UserError(f"chunk_gdn2: with cu_seqlens the sequences are packed into one row, B = 1; got B = {B}.")
-    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial_state is not None and tuple(initial_state.shape) != (N, HV, K, V):
-        raise UserError(
-            f"chunk_gdn2: initial_state must be {[N, HV, K, V]}, one per sequence; got {list(initial_state.shape)}."
-        )
-    if use_gate and A_log is None and lower_bound is None:
-        raise UserError("chunk_gdn2: use_gate_in_kernel needs A_log, one per value head (or lower_bound).")
-    if use_gate and A_log is not None and A_log.numel() != HV:
-        raise UserError(f"chunk_gdn2: A_log must hold one value per value head, {HV}; got {A_log.numel()}.")
-    if use_gate and dt_bias is not None and dt_bias.numel() != HV * K:
-        raise UserError(f"chunk_gdn2: dt_bias must hold {HV} x {K} values; got {dt_bias.numel()}.")
-
-
-def chunk_gdn2_fused(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    b: torch.Tensor,
-    w: torch.Tensor,
-    scale: Optional[float] = None,
-    initial_state: Optional[torch.Tensor] = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    cu_seqlens: Optional[torch.Tensor] = None,
-    A_log: Optional[torch.Tensor] = None,
-    dt_bias: Optional[torch.Tensor] = None,
-    lower_bound: Optional[float] = None,
-    recompute: str = "none",
-    config: Optional[Config] = None,
-) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Gated DeltaNet-2 over whole sequences (arXiv 2605.22791, eq. 10), forward and backward in fused Triton kernels.
-
-        S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T        o_t = scale S_t^T q_t
-
-    q, k [B, T, H, K]; v, w [B, T, HV, V]; g, b [B, T, HV, K], HV a multiple of H; 16 <= K, V <= 256; bf16 runs bf16
-    dots, fp16 and fp32 run tf32 dots; the state and every sum are fp32. g is a log-decay in [-inf, 0]; b, w come
-    after their sigmoid. scale defaults to K ** -0.5. initial_state [N, HV, K, V] fp32; cu_seqlens [N + 1] packs N
-    sequences into B = 1, without a host sync. use_qk_l2norm_in_kernel: q and k become x / sqrt(sum x^2 + 1e-6).
-    use_gate_in_kernel: g becomes -exp(A_log) softplus(g + dt_bias), or lower_bound sigmoid(exp(A_log) (g + dt_bias));
-    A_log [HV], dt_bias [HV * K]. recompute: what the backward pass computes again rather than
-    keeping, "none", "scores" or "all", from fastest to smallest. `config` replaces the fixed configuration, for tuning.
-
-    Returns o [B, T, HV, V] in v's type and the final state [N, HV, K, V] fp32, or None. Raises UserError for
-    arguments that do not fit.
-    """
-    _check(q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens, use_gate_in_kernel, lower_bound)
-    B, T, _, K = q.shape
-    HV, V = v.shape[2:]
-    # The interpreter computes bf16 dots wrongly; fp16 would overflow where the state grows, so it runs in tf32 like
-    # fp32.
-    dot = torch.bfloat16 if v.dtype == torch.bfloat16 and v.is_cuda else torch.float32
-    if recompute not in RECOMPUTE:
-        raise UserError(f"chunk_gdn2: recompute is one of {', '.join(RECOMPUTE)}; got {recompute!r}.")
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    config = config or config_for(dot, padded(K), capability)
-    if cu_seqlens is None:
-        chunks = index_equal_chunks(B, T, config.chunk, q.device)
-    else:
-        chunks = index_chunks(cu_seqlens, triton.cdiv(T, config.chunk) + cu_seqlens.numel() - 2, config.chunk)
-    gate = 0 if not use_gate_in_kernel else 1 if lower_bound is None else 2
-    if gate:
-        A_log = q.new_zeros(HV, dtype=torch.float32) if A_log is None else A_log.reshape(HV)
-        dt_bias = q.new_zeros(HV, K, dtype=torch.float32) if dt_bias is None else dt_bias.reshape(HV, K)
-    else:
-        A_log = dt_bias = None
-    options = Options(
-        scale=K**-0.5 if scale is None else float(scale),
-        output_final_state=output_final_state,
-        l2norm=use_qk_l2norm_in_kernel,
-        gate=gate,
-        lower_bound=0.0 if lower_bound is None else float(lower_bound),
-        chunks=chunks,
-        config=config,
-        dot=dot,
-        recompute=recompute,
-    )
-    tokens = (x.reshape(B * T, *x.shape[2:]).contiguous() for x in (q, k, v, g, b, w))
-    if initial_state is not None:
-        initial_state = initial_state.float().contiguous()
-    o, final_state = _ChunkGDN2.apply(*tokens, A_log, dt_bias, initial_state, options)
-    return o.view(B, T, HV, V), final_state
