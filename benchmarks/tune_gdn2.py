@@ -34,7 +34,7 @@ DECAYS = (0.3, 6.0, 40.0)
 """Checked with g uniform between 0 and minus this."""
 REGISTERS = (None, 168, 128)
 SEARCH = {
-    "prepare": {"stages": (1, 2, 3), "tile": (32, 64), "registers": (None, 168)},
+    "prepare": {"tile": (32, 64), "registers": REGISTERS},
     "forward_scan": {"stages": (1, 2, 3)},
     "backward_scan": {"stages": (1, 2, 3)},
     "score_gradients": {"stages": (1, 2), "registers": REGISTERS},

@@ -108,7 +108,7 @@ class TensorFile:
             self.entries = {name: _entry(value, 8 + length, size) for name, value in header.items()}
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}).") from error
 
     def __getitem__(self, name: str) -> Tensor:

@@ -17,8 +17,7 @@
 #
 # Exit codes: 0 finished; 75 left early with everything saved: run the same command to go on; 2 an error of the user's;
 # else a failure. SIGTERM, SIGINT and SIGUSR1 to this script reach each worker here once: they save and leave. A second
-# signal ends them at once. (torchrun alone would kill them 30 seconds after the first.) All ranks leave when one does; to
-# end a run with --restart on several nodes, signal each of the scripts.
+# signal ends them at once. (torchrun alone would kill them 30 seconds after the first.)
 
 set -uo pipefail
 

@@ -33,8 +33,6 @@ def damage(path: Path, parts: tuple[str, ...] = ()) -> Optional[str]:
             return f"{MANIFEST} is damaged"
         files = {name: files[name] for name in files if name == META or not parts or name.startswith(parts)}
         for name, expected in files.items():
-            if Path(name).name != name or ((path / name).exists() and not (path / name).is_file()):
-                return f"{name!r} is no file of it"
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
@@ -47,7 +45,7 @@ def damage(path: Path, parts: tuple[str, ...] = ()) -> Optional[str]:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{error.strerror}: {Path(error.filename or path).name}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     return None
 
@@ -88,7 +86,7 @@ def read_meta(path: Path) -> dict:
         meta = json.loads((path / META).read_text())
         if meta.get("format") == FORMAT:
             return meta
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a complete checkpoint: {error}.") from error
     raise UserError(f"{path} has checkpoint format {meta.get('format')!r}; this version reads {FORMAT}.")
 

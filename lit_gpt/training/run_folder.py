@@ -44,7 +44,7 @@ def open_run_folder(folder: Path, resolved: dict, tokenizer: AnyPath, fresh: boo
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"another process is training in {folder}. Wait for it, or use another --exp_name.") from error
-    for item in [*folder.glob("skipped/*"), *folder.iterdir()]:
+    for item in folder.iterdir():
         if (fresh and item.name != LOCK) or item.suffix == ".tmp":  # the latter left by a kill
             shutil.rmtree(item) if item.is_dir() else item.unlink()
     with explain_full_disk(folder):

@@ -115,7 +115,7 @@ def build_fabric(
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     strategy: str | DDPStrategy = "auto"
     if layout.strategy == "ddp":
-        strategy = DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+        strategy = CopiesStrategy(process_group_backend=backend)
     elif layout.strategy != "single":
         strategy = FullyShardedStrategy(layout, process_group_backend=backend)
     return Fabric(
@@ -126,6 +126,16 @@ def build_fabric(
         precision="bf16-mixed" if cuda else "32-true",
         plugins=[environment] if environment else None,
     )
+
+
+class CopiesStrategy(DDPStrategy):
+    """ddp, wrapped on the stream that it trains on: Fabric's own takes a side stream, as CUDA graphs would need, and
+    each gradient would wait for that one.
+    """
+
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        device_ids = None if self.root_device.type == "cpu" else [self.root_device.index]
+        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 class FullyShardedStrategy(DDPStrategy):
@@ -193,7 +203,7 @@ def build_model(fabric: Fabric, config: ModelConfig, args: StrategyArgs, seed: O
     if seed is not None:
         initialize(model, seed)
     wrapped = fabric.setup_module(model)
-    if isinstance(wrapped._forward_module, DistributedDataParallel):
+    if isinstance(fabric.strategy, CopiesStrategy):
         _lay_out_buckets(fabric, wrapped)
     return wrapped
 

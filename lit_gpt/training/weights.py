@@ -57,13 +57,13 @@ class Weights:
             reason = damage(path, parts=("model",))
             if reason:
                 raise UserError(f"{path} is damaged: {reason}. Take another checkpoint of that run.")
-            return cls(path, _checked(path, read_meta(path)))
+            return cls(path, read_meta(path))
         newest, damaged = newest_sound(path / "checkpoints", parts=("model",))
         for name, reason in damaged.items():
             tell(f"{name} is damaged and left as it is: {reason}.")
         if newest is None:
             raise UserError(f"{path} holds no checkpoint. Give a run folder with one, or a checkpoints/step-* folder.")
-        return cls(newest, _checked(newest, read_meta(newest)))
+        return cls(newest, read_meta(newest))
 
     @property
     def tokenizer(self) -> Path:
@@ -105,12 +105,6 @@ def save_weights(
         sync_folder(path.parent)
 
 
-def _checked(path: Path, meta: dict) -> dict:
-    if not isinstance(meta.get("model"), dict) or not all(isinstance(meta.get(key), int) for key in ("step", "tokens")):
-        raise UserError(f"{path} says nothing sensible of its model.")
-    return meta
-
-
 def _file_meta(path: Path) -> dict:
     metadata = TensorFile(path).metadata
     if metadata.get("lit_gpt_format") != FILE_FORMAT:
@@ -118,6 +112,6 @@ def _file_meta(path: Path) -> dict:
     try:
         meta = {"model": json.loads(metadata["model"])}
         meta |= {name: int(metadata[name]) for name in ("step", "tokens")}
-    except (KeyError, ValueError, TypeError, RecursionError):
-        meta = {}
-    return {**_checked(path, meta), "document_format": metadata.get("document_format") or None}
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} says nothing sensible of its model ({error}).") from error
+    return {**meta, "document_format": metadata.get("document_format") or None}

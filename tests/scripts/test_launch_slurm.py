@@ -44,7 +44,7 @@ class Job:
     def node_outputs(self) -> list[str]:
         return [path.read_text() for path in sorted(self.folder.glob("slurm-*/node*.log"))]
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
         wait_until(lambda: condition() or self.state in ("FAILED", "COMPLETED"), seconds)
         everything = "\n".join([self.output, *self.node_outputs, self.slurm.logs()])
         assert condition(), f"waited for {what}, job is {self.state}\n{everything}"
