@@ -29,7 +29,8 @@ class Config:
     """One row of the table: rows of a chunk, and how each kernel is launched."""
 
     chunk: int = 64
-    prepare: Launch = field(default_factory=lambda: Launch(tile=32))
+    block_scores: Launch = field(default_factory=lambda: Launch(tile=32, registers=168))
+    chunk_scores: Launch = field(default_factory=lambda: Launch(tile=32))
     forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
@@ -63,4 +64,4 @@ def config_for(dot: torch.dtype, KP: int, capability: tuple[int, int]) -> Config
             return Config(forward_scan=scan, backward_scan=scan) if wide else Config()
         return Config(chunk=32 if wide else 64, forward_scan=scan, backward_scan=scan, **flat)
     chunk = 32 if wide or not hopper else 64
-    return Config(chunk, Launch(), forward_scan=scan, backward_scan=scan, **flat)
+    return Config(chunk, Launch(), Launch(), forward_scan=scan, backward_scan=scan, **flat)

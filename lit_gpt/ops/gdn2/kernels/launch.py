@@ -1,6 +1,7 @@
 """What chunk_gdn2 launches, forward and backward, over an index of the chunks.
 
-Two launches forward (prepare, forward scan), four backward (backward scan, score, state and input gradients).
+Three launches forward (block scores, chunk scores, forward scan), four backward (backward scan, score, state and input
+gradients).
 """
 
 import functools
@@ -14,7 +15,7 @@ import triton.language as tl
 from .config import TILE, Config, Launch
 from .decay import span_table, span_table_transposed
 from .gradients import input_gradients_kernel, score_gradients_kernel, state_gradients_kernel
-from .prepare import prepare_kernel
+from .prepare import block_scores_kernel, chunk_scores_kernel
 from .scan import backward_scan_kernel, forward_scan_kernel
 
 RECOMPUTE = ("none", "scores", "all")
@@ -139,11 +140,16 @@ def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options) 
     new, exact = functools.partial(q.new_empty, dtype=options.dot), functools.partial(q.new_empty, dtype=torch.float32)
     Qg, Eg, Kt = (new((chunks, HV, C, KP)) for _ in range(3))
     A, Aqk = (new((chunks, HV, C, C)) for _ in range(2))
+    inverses = exact((chunks, HV, C, 16))
     totals, row_scales = exact((chunks, HV, 2, KP)), exact((chunks, HV, 2, C))
     _launch(
-        prepare_kernel, (chunks, HV), options.config.prepare, const,
-        q, k, b, g, A_log, dt_bias, span_table(C, torch.float16, q.device), at.start, at.rows,
-        Qg, Eg, Kt, A, Aqk, totals, row_scales, options.scale, options.lower_bound,
+        block_scores_kernel, (chunks, HV), options.config.block_scores, const,
+        q, k, b, g, A_log, dt_bias, at.start, at.rows, Aqk, inverses, row_scales, options.scale, options.lower_bound,
+    )  # fmt: skip
+    _launch(
+        chunk_scores_kernel, (chunks, HV), options.config.chunk_scores, const,
+        q, k, b, g, A_log, dt_bias, inverses, row_scales, span_table(C, torch.float16, q.device), at.start, at.rows,
+        Qg, Eg, Kt, A, Aqk, totals, options.lower_bound,
     )  # fmt: skip
     return Scores(Qg, Eg, Kt, A, Aqk, totals, row_scales)
 

@@ -14,7 +14,7 @@ from lit_gpt.errors import UserError
 
 from .config import Config, config_for
 from .launch import RECOMPUTE, Options, Scores, backward, chunks_of, number_of_chunks, padded, prepare, scan_forward
-from .prepare import prepare_kernel
+from .prepare import block_scores_kernel
 
 
 def _configuration(q: Tensor, v: Tensor, flat: Optional[list[int]]) -> tuple[Config, torch.dtype]:
@@ -171,7 +171,7 @@ def _check(q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens, use_gate
         raise UserError(
             f"chunk_gdn2 takes q [B, T, H, K] and v [B, T, HV, V]; got {tuple(q.shape)} and {tuple(v.shape)}."
         )
-    if not (q.is_cuda or isinstance(prepare_kernel, InterpretedFunction)):
+    if not (q.is_cuda or isinstance(block_scores_kernel, InterpretedFunction)):
         raise UserError(f"chunk_gdn2: the fused kernels run on a GPU and q is on {q.device}; use the plain path there.")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
