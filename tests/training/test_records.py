@@ -1,5 +1,6 @@
 """metrics.jsonl survives kills and resumes; pictures and summaries are made from it."""
 
+import errno
 import json
 import resource
 
@@ -82,6 +83,18 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path, capsys):
         assert path.stat().st_size == size and "wait in memory" in capsys.readouterr().out
         records.training(line(4, 4.0))
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_ends_nothing(tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lit_gpt.training.records.plot_losses", full)
+    records = Records(tmp_path, total_steps=2, active=True)
+    with records.opened(0):
+        records.training(line(1, 2.0))
+        records.plot()
+    assert "could not be drawn: No space left on device" in capsys.readouterr().out
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -25,6 +25,12 @@ def undisturbed(tmp_path_factory, tiny_corpus, tiny_model):
     return root
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take longer than the training."""
+    monkeypatch.setattr(pretrain.Records, "plot", lambda self: None)
+
+
 @pytest.fixture
 def copy(undisturbed, tmp_path):
     """Its run folder, to be damaged."""

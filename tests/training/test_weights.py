@@ -24,6 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import convert_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take longer than the training."""
+    monkeypatch.setattr(pretrain.Records, "plot", lambda self: None)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_corpus, tiny_model):
     """A run folder with two checkpoints of a tiny model."""
