@@ -266,6 +266,8 @@ def chunk_gdn2(
     A_log: Optional[Tensor] = None,
     dt_bias: Optional[Tensor] = None,
     chunk_size: int = CHUNK,
+    sigmoid_ranges: Optional[tuple[float, float]] = None,
+    recompute: str = "none",
 ) -> tuple[Tensor, Optional[Tensor]]:
     """Gated Delta Rule-2 over whole sequences, chunk by chunk; differentiable once in every tensor.
 
@@ -285,9 +287,12 @@ def chunk_gdn2(
         cu_seqlens: offsets [N+1] of sequences packed into B = 1.
         cu_seqlens_cpu: the same in host memory, sparing the plain path a wait for the device; the kernels never wait.
         safe_gate: the caller's word that g >= lower_bound. Any g is exact here, so the result is the same either way.
-        disable_recompute: keep the scan's operands for the backward. They are always kept here.
+        disable_recompute: fla-core's word for recompute="none", which is the default here.
         state_v_first: initial and final state are [N, HV, V, K].
         chunk_size: 64, the only size there is.
+        sigmoid_ranges: ranges of b and w, which are then raw: they become range * sigmoid(raw).
+        recompute: what the kernels' backward pass computes again rather than keeping, from fastest to smallest: "none",
+            "scores" (all of a chunk that does not need the state) or "all" (the states too).
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] (float32, float64 for float64) or None.
@@ -313,6 +318,7 @@ def chunk_gdn2(
 
         gate = {"A_log": A_log, "dt_bias": dt_bias, "lower_bound": lower_bound} if use_gate_in_kernel else {}
         options = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel, "use_gate_in_kernel": use_gate_in_kernel, **gate}
+        options |= {"sigmoid_ranges": sigmoid_ranges, "recompute": recompute}
         o, state = chunk_gdn2_fused(
             q, k, v, g, b, w, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
         )
@@ -322,6 +328,8 @@ def chunk_gdn2(
     HV, K, V = v.shape[2], q.shape[3], v.shape[3]
     if use_gate_in_kernel:
         g = activate_gate(g, A_log, dt_bias, lower_bound)
+    if sigmoid_ranges is not None:
+        b, w = (limit * torch.sigmoid(x.to(accumulation_dtype(x))) for limit, x in zip(sigmoid_ranges, (b, w)))
     if use_qk_l2norm_in_kernel:
         q, k = l2_normalize(q), l2_normalize(k)
     layout = ChunkLayout(q.shape[:2], CHUNK, offsets, q.device)

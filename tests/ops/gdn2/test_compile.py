@@ -58,7 +58,7 @@ def test_operator(packed, recompute):
         others = [normal(HV), normal(HV, K), normal(2, HV, K, V), None, 2]
     gate = 0 if packed else 1
     torch.library.opcheck(
-        chunk_gdn2_forward, (*leaves, *others, 0.2, not packed, True, gate, 0.0, recompute, None, True)
+        chunk_gdn2_forward, (*leaves, *others, 0.2, not packed, True, gate, 0.0, 0.0, 2.0, recompute, None, True)
     )
 
 

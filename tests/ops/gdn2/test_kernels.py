@@ -163,6 +163,32 @@ def test_gate_in_the_kernel(lower_bound):
 
 
 @runs_kernels
+def test_sigmoids_in_the_kernel():
+    """Raw b and w inside give the gates outside, and the gradients of the raw."""
+    from lit_gpt.ops.gdn2.kernels import chunk_gdn2_fused
+
+    rng = torch.Generator().manual_seed(3)
+    q, k, v, g, _, _, S0 = draw(T=70, HV=2)
+    b, w = (4 * torch.randn(1, 70, 2, size, generator=rng) for size in (32, 16))
+    inputs = [q, k, v, g, b, w, S0]
+    got = run(chunk_gdn2_fused, inputs, use_qk_l2norm_in_kernel=True, sigmoid_ranges=(2.0, 1.0))
+    outside = lambda *x, **options: naive_recurrent_gdn2(*x[:4], 2 * x[4].sigmoid(), x[5].sigmoid(), **options)
+    want = run(normalised(outside), inputs, torch.float64)
+    for name, (error, _) in errors(got, want).items():
+        assert error < (1e-5 if INTERPRETED else 5e-3), f"{name}: relative error {error:.1e}"
+
+
+@runs_kernels
+def test_what_is_recomputed_changes_nothing():
+    from lit_gpt.ops.gdn2.kernels import chunk_gdn2_fused
+
+    inputs = draw(T=70)
+    kept, *recomputed = (run(chunk_gdn2_fused, inputs, recompute=policy) for policy in ("none", "scores", "all"))
+    for results in recomputed:
+        assert all(torch.equal(results[name], kept[name]) for name in kept)
+
+
+@runs_kernels
 def test_the_future_does_not_change_the_past():
     from lit_gpt.ops.gdn2.kernels import chunk_gdn2_fused
 

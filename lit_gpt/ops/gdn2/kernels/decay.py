@@ -76,6 +76,22 @@ def log_decay_backward(x, a_log, bias, lower_bound, dg, GATE: tl.constexpr):
 
 
 @triton.jit
+def gate(x, RANGE: tl.constexpr):
+    """A write or erase gate from what the caller gave: the gate itself (RANGE 0), or RANGE sigmoid(x) in fp32."""
+    if RANGE > 0:
+        x = RANGE * tl.sigmoid(x.to(tl.float32))
+    return x
+
+
+@triton.jit
+def gate_backward(y, dy, RANGE: tl.constexpr):
+    """dx of y = gate(x)."""
+    if RANGE > 0:
+        dy *= y * (1.0 - y / RANGE)
+    return dy
+
+
+@triton.jit
 def split_log2(g):
     """x = g log2(e) as two fp16 summands (22 bits). Below -150, where exp2 is 0 in fp32, x stays at -150: -inf is
     legal."""

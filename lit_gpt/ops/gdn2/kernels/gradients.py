@@ -29,7 +29,7 @@ and the gate.
 import triton
 import triton.language as tl
 
-from .decay import log_decay, log_decay_backward, span_factor, span_sum, split_log2
+from .decay import gate, gate_backward, log_decay, log_decay_backward, span_factor, span_sum, split_log2
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def score_gradients_kernel(
     o, do, v, w, dZ, R, chunk_start, chunk_rows,
     Wq, Wt, row_sums,
     HV: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    L2NORM: tl.constexpr, W_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads do [T, HV, V], dZ, R [chunks, HV, C, VP] (o, v, w too with L2NORM). Writes Wq, Wt [chunks, HV, C, C] and
     row_sums [chunks, HV, 3, C] fp32: diagonal of dAqk, sum_K q dq, sum_K k dk."""
@@ -76,7 +76,8 @@ def score_gradients_kernel(
         r32, dz32, do32 = r.to(tl.float32), dz.to(tl.float32), dout.to(tl.float32)
         diagonal += tl.sum(do32 * r32, 1)
         if L2NORM:
-            z = tl.load(v + at, mask, 0.0).to(tl.float32) * tl.load(w + at, mask, 0.0).to(tl.float32)
+            ws = gate(tl.load(w + at, mask, 0.0), W_RANGE).to(tl.float32)
+            z = tl.load(v + at, mask, 0.0).to(tl.float32) * ws
             q_dq += tl.sum(do32 * tl.load(o + at, mask, 0.0).to(tl.float32), 1)
             k_dk += tl.sum(dz32 * (2.0 * r32 - z), 1)
     at = row * C + col
@@ -144,7 +145,7 @@ def input_gradients_kernel(
     scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     LEVELS: tl.constexpr,
-    L2NORM: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K], and what prepare.py and the kernels above wrote of each chunk. Writes
     dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, 2, KP / BK], dbias [chunks, HV, 2,
@@ -195,7 +196,7 @@ def input_gradients_kernel(
         tl.where(mask_other, log_decay(g_other.to(tl.float32), a_log, bias, lower_bound, GATE), 0.0)
     )
     qs, ks = q_raw.to(tl.float32) * q_scale, k_raw.to(tl.float32) * k_scale
-    es = ks * b_raw.to(tl.float32)
+    es = ks * gate(b_raw, B_RANGE).to(tl.float32)
 
     # Across the halves: a later row's head meets an earlier row's tail.
     f_other = span_factor(spans, half, hi_other, lo_other, N)
@@ -210,7 +211,7 @@ def input_gradients_kernel(
     else:
         y = (q_other.to(tl.float32) * q_scale_other * f_other).to(DOT)
         dk_q = tl.dot(y, tl.trans(wq), input_precision=PRECISION)
-        y = (k_other * b_other.to(tl.float32)).to(DOT)
+        y = (k_other * gate(b_other, B_RANGE).to(tl.float32)).to(DOT)
         dqs *= head
         des *= head
         dks = tail * (dks * after + tl.dot(y, tl.trans(wt), dk_q, input_precision=PRECISION))
@@ -250,8 +251,8 @@ def input_gradients_kernel(
         q_dq, k_dk = tl.load(row_sums + C + i)[None, :], tl.load(row_sums + 2 * C + i)[None, :]
     qs = q_raw.to(tl.float32) * q_scale
     ks = k_raw.to(tl.float32) * k_scale
-    bs = b_raw.to(tl.float32)
-    tl.store(db + at_hv, (des * ks).to(db.dtype.element_ty), mask)
+    bs = gate(b_raw, B_RANGE).to(tl.float32)
+    tl.store(db + at_hv, gate_backward(bs, des * ks, B_RANGE).to(db.dtype.element_ty), mask)
     dks += diagonal * qs + des * bs
     dqs += diagonal * ks
     if L2NORM:  # what points along q and k changes nothing

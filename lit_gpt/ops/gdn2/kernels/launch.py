@@ -85,6 +85,10 @@ class Options:
     """0: g is the log-decay. 1: g becomes -exp(A_log) softplus(g + dt_bias). 2: g becomes lower_bound
     sigmoid(exp(A_log) (g + dt_bias))."""
     lower_bound: float
+    b_range: float
+    """0: b is the erase gate. Otherwise b becomes b_range sigmoid(b)."""
+    w_range: float
+    """The same of the write gate w."""
     chunks: Chunks
     config: Config
     dot: torch.dtype
@@ -109,6 +113,8 @@ class Options:
             "WIDE": self.config.chunk.bit_length() - 5,
             "L2NORM": self.l2norm,
             "GATE": self.gate,
+            "B_RANGE": self.b_range,
+            "W_RANGE": self.w_range,
             "DOT": tl.bfloat16 if self.dot == torch.bfloat16 else tl.float32,
             "PRECISION": "tf32",
         }

@@ -29,10 +29,14 @@ def _configuration(q: Tensor, v: Tensor, flat: Optional[list[int]]) -> tuple[Con
     return config_for(dot, padded(q.shape[-1]), capability), dot
 
 
-def _options(q, v, cu_seqlens, B, scale, output_final_state, l2norm, gate, lower_bound, recompute, flat) -> Options:
+def _options(
+    q, v, cu_seqlens, B, scale, output_final_state, l2norm, gate, lower_bound, b_range, w_range, recompute, flat
+) -> Options:
     config, dot = _configuration(q, v, flat)
     chunks = chunks_of(q.shape[0], B, cu_seqlens, config.chunk, q.device)
-    return Options(scale, output_final_state, l2norm, gate, lower_bound, chunks, config, dot, recompute)
+    return Options(
+        scale, output_final_state, l2norm, gate, lower_bound, b_range, w_range, chunks, config, dot, recompute
+    )
 
 
 @torch.library.custom_op("lit_gpt::chunk_gdn2", mutates_args=())
@@ -53,6 +57,8 @@ def chunk_gdn2_forward(
     l2norm: bool,
     gate: int,
     lower_bound: float,
+    b_range: float,
+    w_range: float,
     recompute: str,
     config: Optional[list[int]],
     keep: bool,
@@ -64,7 +70,8 @@ def chunk_gdn2_forward(
     sequences of equal length, or packed. gate: as in Options.
     """
     options = _options(
-        q, v, cu_seqlens, B, scale, output_final_state, l2norm, gate, lower_bound, recompute, config
+        q, v, cu_seqlens, B, scale, output_final_state, l2norm, gate, lower_bound, b_range, w_range,
+        recompute, config,
     )  # fmt: skip
     const = options.constants(q, v)
     scores = prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options)
@@ -79,7 +86,7 @@ def chunk_gdn2_forward(
 @chunk_gdn2_forward.register_fake
 def _(
     q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, B, scale, output_final_state, l2norm, gate,
-    lower_bound, recompute, config, keep,
+    lower_bound, b_range, w_range, recompute, config, keep,
 ):  # fmt: skip
     (tokens, HV, V), K = v.shape, q.shape[-1]
     config, dot = _configuration(q, v, config)
@@ -119,12 +126,15 @@ def chunk_gdn2_backward(
     l2norm: bool,
     gate: int,
     lower_bound: float,
+    b_range: float,
+    w_range: float,
     recompute: str,
     config: Optional[list[int]],
 ) -> list[Tensor]:
     """Gradients of q, k, v, g, b, w and of those of A_log, dt_bias and initial_state that there are."""
     options = _options(
-        q, v, cu_seqlens, B, scale, output_final_state, l2norm, gate, lower_bound, recompute, config
+        q, v, cu_seqlens, B, scale, output_final_state, l2norm, gate, lower_bound, b_range, w_range,
+        recompute, config,
     )  # fmt: skip
     const = options.constants(q, v)
     S, R, *scores = kept or (None, None)
@@ -159,7 +169,7 @@ def _backward(ctx, grads):
     if not ctx.options[2]:  # no final state was asked for, so the gradient is of nothing
         dfinal_state = None
     found = iter(chunk_gdn2_backward(do, dfinal_state, o, kept, *tensors, *ctx.options))
-    return *(None if x is None else next(found) for x in tensors[:9]), *[None] * 10
+    return *(None if x is None else next(found) for x in tensors[:9]), None, *[None] * len(ctx.options), None
 
 
 chunk_gdn2_forward.register_autograd(_backward, setup_context=_save)
@@ -227,6 +237,7 @@ def chunk_gdn2_fused(
     A_log: Optional[torch.Tensor] = None,
     dt_bias: Optional[torch.Tensor] = None,
     lower_bound: Optional[float] = None,
+    sigmoid_ranges: Optional[tuple[float, float]] = None,
     recompute: str = "none",
     config: Optional[Config] = None,
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
@@ -239,8 +250,9 @@ def chunk_gdn2_fused(
     after their sigmoid. scale defaults to K ** -0.5. initial_state [N, HV, K, V] fp32; cu_seqlens [N + 1] packs N
     sequences into B = 1, without a host sync. use_qk_l2norm_in_kernel: q and k become x / sqrt(sum x^2 + 1e-6).
     use_gate_in_kernel: g becomes -exp(A_log) softplus(g + dt_bias), or lower_bound sigmoid(exp(A_log) (g + dt_bias));
-    A_log [HV], dt_bias [HV * K]. recompute: what the backward pass computes again rather than
-    keeping, "none", "scores" or "all", from fastest to smallest. `config` replaces the fixed configuration, for tuning.
+    A_log [HV], dt_bias [HV * K]. sigmoid_ranges: ranges of b and w, which are then raw and become range *
+    sigmoid(raw). recompute: what the backward pass computes again rather than keeping, "none", "scores" or "all", from
+    fastest to smallest. `config` replaces the fixed configuration, for tuning.
 
     Returns o [B, T, HV, V] in v's type and the final state [N, HV, K, V] fp32, or None. Raises UserError for
     arguments that do not fit.
@@ -263,7 +275,8 @@ def chunk_gdn2_fused(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     o, final_state, *_ = chunk_gdn2_forward(
         *tensors, cu_seqlens, B, K**-0.5 if scale is None else float(scale), output_final_state,
-        use_qk_l2norm_in_kernel, gate, 0.0 if lower_bound is None else float(lower_bound), recompute,
+        use_qk_l2norm_in_kernel, gate, 0.0 if lower_bound is None else float(lower_bound),
+        *(float(limit) for limit in sigmoid_ranges or (0.0, 0.0)), recompute,
         None if config is None else config.flat(), keep,
     )  # fmt: skip
     return o.view(B, T, HV, V), final_state if output_final_state else None

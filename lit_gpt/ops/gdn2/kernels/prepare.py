@@ -16,7 +16,7 @@ chunk_scores_kernel does the rest.
 import triton
 import triton.language as tl
 
-from .decay import block_factor, coupled, factor, level_span, log_decay, split_log2
+from .decay import block_factor, coupled, factor, gate, level_span, log_decay, split_log2
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def block_scores_kernel(
     Aqk, D, row_scales,
     scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    L2NORM: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K]. Writes the blocks on the diagonal of Aqk [chunks, HV, C, C], the inverses
     D [chunks, HV, C / 16, 16, 16] fp32 of those of I + T, and row_scales [chunks, HV, 2, C]: scale / norm of q, 1 /
@@ -53,7 +53,7 @@ def block_scores_kernel(
         at, at_hv = i[:, None] * (H * K) + d, i[:, None] * (HV * K) + d
         gs = tl.load(g + at_hv, mask, 0.0)
         q_raw, k_raw = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0)
-        b_raw = tl.load(b + at_hv, mask, 0.0)
+        b_raw = gate(tl.load(b + at_hv, mask, 0.0), B_RANGE)
         gs = gs.to(tl.float32)
         if GATE:
             a_log = tl.load(A_log + hv).to(tl.float32)
@@ -99,7 +99,7 @@ def chunk_scores_kernel(
     Qg, Eg, Kt, A, Aqk, totals,
     lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    WIDE: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads what block_scores_kernel reads and wrote. Writes Qg, Eg, Kt [chunks, HV, C, KP], A, the rest of Aqk
     [chunks, HV, C, C] and totals [chunks, HV, 2, KP] fp32, the sums of x over each half."""
@@ -132,7 +132,7 @@ def chunk_scores_kernel(
         at, at_hv, local = row * (H * K) + d, row * (HV * K) + d, row * KP + d
         gs = tl.load(g + at_hv, mask, 0.0)
         qs, ks = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0)
-        bs = tl.load(b + at_hv, mask, 0.0)
+        bs = gate(tl.load(b + at_hv, mask, 0.0), B_RANGE)
         gs = gs.to(tl.float32)
         if GATE:
             a_log = tl.load(A_log + hv).to(tl.float32)

@@ -13,6 +13,8 @@ Backward, from the last chunk to the first, dS' the gradient of the state after 
 import triton
 import triton.language as tl
 
+from .decay import gate, gate_backward
+
 
 @triton.jit
 def forward_scan_kernel(
@@ -20,7 +22,7 @@ def forward_scan_kernel(
     o, final_state, S_out, R_out,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, WANT_FINAL: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, WANT_FINAL: tl.constexpr, SAVE: tl.constexpr, W_RANGE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Reads Qg, Eg, Kt, A, Aqk, totals, v, w, initial_state. Writes o [T, HV, V], final_state [N, HV, K, V]; with SAVE
@@ -47,7 +49,7 @@ def forward_scan_kernel(
         gamma = tl.exp2(tl.load(totals + base * 2 * KP + d) + tl.load(totals + base * 2 * KP + KP + d))
         at = (token * HV + hv)[:, None] * V + c[None, :]
         live = (token < end)[:, None] & (c < V)[None, :]
-        z = tl.load(v + at, live, 0.0).to(tl.float32) * tl.load(w + at, live, 0.0).to(tl.float32)
+        z = tl.load(v + at, live, 0.0).to(tl.float32) * gate(tl.load(w + at, live, 0.0), W_RANGE).to(tl.float32)
 
         s = S.to(DOT)
         if SAVE:
@@ -69,8 +71,8 @@ def backward_scan_kernel(
     dv, dw, dinitial_state, dS_out, dZ_out,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr,
-    HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr, W_RANGE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Reads Qg, Eg, Kt, A, Aqk, totals, v, w, do, dfinal_state. Writes the final dv, dw [T, HV, V] and dinitial_state,
     and for the gradients' second half dS_out [chunks, HV, KP, VP], the gradient of the state after each chunk, and
@@ -99,7 +101,8 @@ def backward_scan_kernel(
         at = (token * HV + hv)[:, None] * V + c[None, :]
         live = (token < end)[:, None] & (c < V)[None, :]
         dout = tl.load(do + at, live, 0.0).to(DOT)
-        vs, ws = tl.load(v + at, live, 0.0).to(tl.float32), tl.load(w + at, live, 0.0).to(tl.float32)
+        vs = tl.load(v + at, live, 0.0).to(tl.float32)
+        ws = gate(tl.load(w + at, live, 0.0), W_RANGE).to(tl.float32)
 
         ds = dS.to(DOT)
         tl.store(dS_out + base * KP * VP + d[:, None] * VP + c[None, :], ds)
@@ -109,6 +112,6 @@ def backward_scan_kernel(
         dS = tl.dot(eg, (-dz).to(DOT), dS, input_precision=PRECISION)
         tl.store(dZ_out + base * C * VP + i[:, None] * VP + c[None, :], dz.to(DOT))
         tl.store(dv + at, (dz * ws).to(dv.dtype.element_ty), live)
-        tl.store(dw + at, (dz * vs).to(dw.dtype.element_ty), live)
+        tl.store(dw + at, gate_backward(ws, dz * vs, W_RANGE).to(dw.dtype.element_ty), live)
     if WANT_INITIAL:
         tl.store(dinitial_state + at_state, dS, in_state)
