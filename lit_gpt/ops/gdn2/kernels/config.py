@@ -6,6 +6,8 @@ from typing import Optional
 
 import torch
 
+from lit_gpt.errors import UserError
+
 TILE = 64
 """Channels of V, or of K, that one program of a scan or of the gradients takes. Triton 3.6 computes narrower tiles
 wrongly there on Hopper (illegal accesses, garbage), so head sizes are padded to at least this."""
@@ -50,16 +52,31 @@ class Config:
         return cls(chunk, *(Launch(*launch, registers or None) for *launch, registers in launches))
 
 
+def shared_memory(capability: tuple[int, int]) -> int:
+    """KiB of shared memory that one program may have on a GPU of this compute capability."""
+    if capability in ((8, 0), (8, 7)):  # A100, Orin
+        return 163
+    return 227 if (9, 0) <= capability < (12, 0) else 99
+
+
 def config_for(dot: torch.dtype, KP: int, capability: tuple[int, int]) -> Config:
     """The configuration for dot operands of type `dot`, padded key size KP and a device of this compute capability.
 
     Each fits the shared memory of a multiprocessor: 227 KiB on Hopper (9, 0), 163 KiB on Ampere's A100 (8, 0), 99 KiB
-    on its smaller kin. Measured on Hopper; the others keep to what fits, untimed.
+    on its smaller kin. Measured on Hopper; the others keep to what fits, untimed. Raises UserError where none fits.
     """
-    hopper, wide = capability >= (9, 0), KP > 128
+    room, wide, half = shared_memory(capability), KP > 128, dot == torch.bfloat16
+    needed = (100 if half else 184) if wide else 99  # both scans at their smallest
+    if needed > room:
+        dtype, instead = ("bf16", "") if half else ("fp32 and fp16", "bf16 or ")
+        raise UserError(
+            f"chunk_gdn2: head sizes above 128 need {needed} KiB of shared memory in {dtype} and this GPU has {room}. "
+            f"Use {instead}heads of at most 128."
+        )
+    hopper = room >= 227
     flat = dict.fromkeys(("score_gradients", "state_gradients", "input_gradients"), Launch())
     scan = Launch(warps=8 if wide else 4)
-    if dot == torch.bfloat16:
+    if half:
         if hopper:
             return Config(forward_scan=scan, backward_scan=scan) if wide else Config()
         return Config(chunk=32 if wide else 64, forward_scan=scan, backward_scan=scan, **flat)
