@@ -119,6 +119,18 @@ def test_nothing_is_read_beyond_the_end():
 
 
 @runs_kernels
+def test_decay_bias_shared_by_channels():
+    """One value per head, expanded, as the layer with scalar decay has it."""
+    case = CASES[3].small() if INTERPRETED else CASES[3]
+    leaves = draw(case, DEVICE)
+    HV, K = leaves["g"].shape[2:]
+    shared = leaves["dt_bias"][:HV, None].expand(HV, K)
+    expected = results(chunk_gdn2, case, {**leaves, "dt_bias": shared.contiguous()})
+    for name, x in results(chunk_gdn2, case, {**leaves, "dt_bias": shared}).items():
+        assert torch.equal(x, expected[name]), name
+
+
+@runs_kernels
 def test_refusals():
     q, k, v, g, b, w, _ = draw(CASES[2].small(), DEVICE).values()
     with pytest.raises(UserError, match="chunk_size must be 64"):

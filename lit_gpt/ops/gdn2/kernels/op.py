@@ -265,7 +265,7 @@ def chunk_gdn2_fused(
     gate = 0 if not use_gate_in_kernel else 1 if lower_bound is None else 2
     if gate:
         A_log = q.new_zeros(HV, dtype=torch.float32) if A_log is None else A_log.reshape(HV)
-        dt_bias = q.new_zeros(HV, K, dtype=torch.float32) if dt_bias is None else dt_bias.reshape(HV, K)
+        dt_bias = q.new_zeros(HV, K, dtype=torch.float32) if dt_bias is None else dt_bias.reshape(HV, K).contiguous()
     else:
         A_log = dt_bias = None
     if initial_state is not None:
