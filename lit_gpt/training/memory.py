@@ -69,7 +69,7 @@ class TrainingMemory:
             "working memory": memory.working,
         }
         text = " + ".join(f"{value / GIB:.2f} {name}" for name, value in parts.items())
-        text += f" = {memory.total / GIB:.2f} GiB on each device"
+        text += f" = {'' if self.cuda else 'at least '}{memory.total / GIB:.2f} GiB on each device"
         if self.available is not None:
             text += f" of {self.available / GIB:.1f} GiB"
         if self.fits(micro_batch):

@@ -11,7 +11,8 @@ is computed does not depend on the strategy beyond the order of sums.
 
 import logging
 import warnings
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Optional
@@ -177,7 +178,7 @@ class _AllReduceLater(_BackwardSyncControl):
     """What Fabric.no_backward_sync does on shards: keep sums within each copy, all-reduce across them afterwards."""
 
     @contextmanager
-    def no_backward_sync(self, module: FSDPModule, enabled: bool) -> AbstractContextManager:
+    def no_backward_sync(self, module: FSDPModule, enabled: bool) -> Iterator[None]:
         module.set_requires_all_reduce(not enabled)
         try:
             yield
