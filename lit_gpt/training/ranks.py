@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,6 @@ from threading import Event, Lock, Thread
 from typing import NoReturn
 
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from lit_gpt.errors import UserError
 from lit_gpt.training.leaving import EXIT_CODE, SIGNALS
@@ -38,7 +38,7 @@ def supervise(command: list[str], nodes: int, devices: int) -> int:
     Signals to the supervisor reach each rank once: a terminal's Ctrl-C too, as the ranks are sessions of their own. A
     rank that fails ends the others. If the supervisor is killed, so are they.
     """
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "NODE_RANK": "0"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NODE_RANK": "0"}
     environment = {**shared, **os.environ, "WORLD_SIZE": str(nodes * devices)}
     ranks: list[subprocess.Popen] = []
 
@@ -61,6 +61,12 @@ def supervise(command: list[str], nodes: int, devices: int) -> int:
             rank.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def _exit_code(ranks: list[subprocess.Popen]) -> int:

@@ -68,8 +68,7 @@ def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_
     listen += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]); dist.barrier()\n"
     body = listen + "    print('hears', flush=True); time.sleep(3); assert heard == [1]"
     process = start(body, after="sys.exit(75 if rank else 0)")
-    while process.stdout.readline() != "hears\n":
-        pass
+    assert "hears\n" in iter(process.stdout.readline, "")
     process.send_signal(signal.SIGUSR1)
     assert end(process) == (75, "")
 
@@ -77,10 +76,8 @@ def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_
 @pytest.mark.parametrize("victim", ["rank", "supervisor"])
 def test_a_kill_leaves_nobody_behind(victim):
     process = start("print(os.getpid(), flush=True); time.sleep(50)")
-    ranks = []
-    while len(ranks) < 2:
-        line = process.stdout.readline()
-        ranks += [int(line)] if line.strip().isdigit() else []
+    lines = filter(str.isdigit, map(str.strip, iter(process.stdout.readline, "")))
+    ranks = [int(next(lines)), int(next(lines))]
     os.kill(ranks[1] if victim == "rank" else process.pid, signal.SIGKILL)
     code, err = end(process)
     if victim == "rank":
