@@ -131,8 +131,8 @@ def setup(argv: Optional[list[str]] = None) -> None:
         fabric.launch()
         with ending_together():
             main(fabric, args, config, layout, leaving)
-        if leaving.agreed:
-            sys.exit(EXIT_CODE)
+            if leaving.agreed:
+                sys.exit(EXIT_CODE)
 
 
 def main(fabric: Fabric, args: PretrainArgs, config: ModelConfig, layout: Layout, leaving: Leaving) -> None:

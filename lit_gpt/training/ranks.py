@@ -99,7 +99,8 @@ def _die_with(parent: int) -> None:
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Around what the ranks do: when one fails, all end, within seconds and with its exit code, and it alone says why.
+    """Around all that the ranks do: when one fails, all end, within seconds and with its exit code, and it alone says
+    why. With several ranks, the end of this is the end of the process.
 
     The ranks watch for the first error in the store that they all met at, since whoever waits for a failed rank in a
     collective may wait for long.
@@ -116,8 +117,11 @@ def ending_together() -> Iterator[None]:
     store, done, ending = dist.distributed_c10d._get_default_store(), Event(), Lock()
     watcher = Thread(target=_watch_for_errors, args=(store, done, ending), daemon=True)
     watcher.start()
+    code = 0
     try:
         yield
+    except SystemExit as leave:
+        code = leave.code
     except Exception as error:
         ending.acquire()  # for good: the watcher leaves the rest to us
         code = 2 if isinstance(error, UserError) else 1
@@ -130,6 +134,7 @@ def ending_together() -> Iterator[None]:
     watcher.join()
     dist.barrier()  # nobody asks the store any more when its keeper leaves
     dist.destroy_process_group()
+    _exit(code)
 
 
 def _watch_for_errors(store: dist.Store, done: Event, ending: Lock) -> None:
@@ -150,6 +155,11 @@ def _end(store: dist.Store) -> NoReturn:
         while dist.get_rank() == 0 and ended < dist.get_world_size() and time.monotonic() < deadline:
             time.sleep(0.05)
             ended = store.add("ended", 0)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: Python's own end now and then aborts, as gloo's threads still live while it takes itself down."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -22,13 +22,12 @@ with ending_together():
     dist.barrier()
     print("ready", flush=True)
     {body}
-{after}
 """
 
 
-def start(body: str, after: str = "") -> subprocess.Popen:
-    """Two ranks that run `body` together and then `after`."""
-    command = [sys.executable, "-c", SUPERVISOR, sys.executable, "-c", RANK.format(body=body, after=after)]
+def start(body: str) -> subprocess.Popen:
+    """Two ranks that run `body` together."""
+    command = [sys.executable, "-c", SUPERVISOR, sys.executable, "-c", RANK.format(body=body)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -66,8 +65,10 @@ def test_ranks_that_wait_for_no_collective_end_too_and_a_bug_shows_its_traceback
 def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_all():
     listen = "heard = []; signal.signal(signal.SIGUSR1, lambda *_: heard.append(1)); "
     listen += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]); dist.barrier()\n"
-    body = listen + "    print('hears', flush=True); time.sleep(3); assert heard == [1]"
-    process = start(body, after="sys.exit(75 if rank else 0)")
+    body = (
+        listen + "    print('hears', flush=True); time.sleep(3); assert heard == [1]\n    sys.exit(75 if rank else 0)"
+    )
+    process = start(body)
     assert "hears\n" in iter(process.stdout.readline, "")
     process.send_signal(signal.SIGUSR1)
     assert end(process) == (75, "")
