@@ -1,4 +1,5 @@
 # make demo: raw text to a trained, evaluated, sampled model, in minutes on a laptop.   make test: the tests.
+# make test-all: those that take longer, after make test.
 # Both need only Python 3.11 or newer and make; everything is installed into .venv.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .
