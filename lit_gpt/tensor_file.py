@@ -103,7 +103,8 @@ class TensorFile:
                 if length > min(MAX_HEADER, size - 8):
                     raise ValueError("no header")
                 header = json.loads(file.read(length))
-                self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                # a private mapping, though nobody writes: PyTorch warns of memory that it could not write to
+                self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self.entries = {name: _entry(value, 8 + length, size) for name, value in header.items()}
         except OSError as error:
