@@ -17,10 +17,11 @@ import torch.distributed as dist
 from lit_gpt.errors import UserError
 from lit_gpt.training.ranks import ending_together
 rank = int(os.environ["LOCAL_RANK"])
+say = lambda word: os.write(1, f"{{word}}\\n".encode())  # in one piece: both ranks write to one pipe
 dist.init_process_group("gloo", rank=rank, world_size=2)
 with ending_together():
     dist.barrier()
-    print("ready", flush=True)
+    say("ready")
     {body}
 """
 
@@ -65,9 +66,7 @@ def test_ranks_that_wait_for_no_collective_end_too_and_a_bug_shows_its_traceback
 def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_all():
     listen = "heard = []; signal.signal(signal.SIGUSR1, lambda *_: heard.append(1)); "
     listen += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]); dist.barrier()\n"
-    body = (
-        listen + "    print('hears', flush=True); time.sleep(3); assert heard == [1]\n    sys.exit(75 if rank else 0)"
-    )
+    body = listen + "    say('hears'); time.sleep(3); assert heard == [1]\n    sys.exit(75 if rank else 0)"
     process = start(body)
     assert "hears\n" in iter(process.stdout.readline, "")
     process.send_signal(signal.SIGUSR1)
@@ -76,7 +75,7 @@ def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_
 
 @pytest.mark.parametrize("victim", ["rank", "supervisor"])
 def test_a_kill_leaves_nobody_behind(victim):
-    process = start("print(os.getpid(), flush=True); time.sleep(50)")
+    process = start("say(os.getpid()); time.sleep(50)")
     lines = filter(str.isdigit, map(str.strip, iter(process.stdout.readline, "")))
     ranks = [int(next(lines)), int(next(lines))]
     os.kill(ranks[1] if victim == "rank" else process.pid, signal.SIGKILL)
