@@ -61,13 +61,18 @@ class Watch:
                     os._exit(self.exit_code)
 
     def _report(self, silent: float) -> None:
-        self.path.parent.mkdir(exist_ok=True)
-        with open(self.path, "a") as file:
-            now = datetime.now().isoformat(sep=" ", timespec="seconds")
-            file.write(f"{now}  rank {self.rank}, process {os.getpid()}: nothing done for {silent:.0f} seconds\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.write("\n")
-        text = f"rank {self.rank}: nothing done for {silent:.0f} seconds; the stacks of its threads are in {self.path}"
+        where = f"in {self.path}"
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            with open(self.path, "a") as file:
+                now = datetime.now().isoformat(sep=" ", timespec="seconds")
+                file.write(f"{now}  rank {self.rank}, process {os.getpid()}: nothing done for {silent:.0f} seconds\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.write("\n")
+        except OSError:  # the disk may be what it hangs on
+            where = "printed above"
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        text = f"rank {self.rank}: nothing done for {silent:.0f} seconds; the stacks of its threads are {where}"
         end = "" if self.exit_code is None else ". Exiting: the same command goes on from the newest checkpoint"
         print(f"{text}{end}.", file=sys.stderr, flush=True)

@@ -45,6 +45,9 @@ def test_a_hang_may_end_the_process(tmp_path):
     path = tmp_path / "rank0.txt"
     done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75 and "Exiting: the same command goes on" in done.stderr and path.exists()
+    path = path / "not a folder" / "rank0.txt"
+    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and "in <module>" in done.stderr and "printed above. Exiting" in done.stderr
 
 
 def test_sigquit_prints_the_stacks_at_any_time(tmp_path):
