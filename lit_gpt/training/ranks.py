@@ -46,7 +46,8 @@ def supervise(command: list[str], nodes: int, devices: int) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # the ranks ignore it too, then
+    before = {n: signal.signal(n, pass_on) for n in PASSED_ON if n != signal.SIGHUP or not nohup}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes to a rank waits until it can hear it
     try:
         for i in range(devices):

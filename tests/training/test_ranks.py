@@ -73,6 +73,17 @@ def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_
     assert end(process) == (75, "")
 
 
+def test_what_nohup_has_it_ignore_ends_no_rank():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("say('waits'); time.sleep(1)")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "waits\n" in iter(process.stdout.readline, "")
+    process.send_signal(signal.SIGHUP)
+    assert end(process) == (0, "")
+
+
 @pytest.mark.parametrize("victim", ["rank", "supervisor"])
 def test_a_kill_leaves_nobody_behind(victim):
     process = start("say(os.getpid()); time.sleep(50)")
