@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 
 from lit_gpt.errors import UserError, exit_on_user_error
+from lit_gpt.files import explain_unwritable
 
 VERSIONS = re.compile(r"torch[^/]+-triton[^/]+-driver[^/]+-sm\d+-[^/]+")
 ABANDONED = 3600
@@ -46,7 +47,8 @@ class CompileCache:
         self.folder = root.absolute() / versions(capability)
         self.compiled = self.found = 0
         for name, variable in (("triton", "TRITON_CACHE_DIR"), ("inductor", "TORCHINDUCTOR_CACHE_DIR")):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            with explain_unwritable(root):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
             os.environ[variable] = str(self.folder / name)
         triton.knobs.compilation.listener = self._count
 

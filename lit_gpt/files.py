@@ -58,6 +58,22 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def explain_unwritable(folder: Path) -> Iterator[None]:
+    """Turn whatever keeps the block from writing below `folder` into one line, a full disk included.
+
+    Raises:
+        UserError: as when the file system is read-only, or the folder another user's.
+    """
+    with explain_full_disk(folder):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"cannot write to {folder} ({error.strerror or error}): choose another place.") from error
+
+
 def sha256_of_file(path: Path, skip: int = 0, on_bytes: Optional[Callable[[int], None]] = None) -> str:
     """Hex SHA-256 of a file after its first `skip` bytes. `on_bytes` hears the size of each part as it is read."""
     digest = hashlib.sha256()

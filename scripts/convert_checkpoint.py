@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 from lit_gpt.command_line import parse
 from lit_gpt.config import ModelConfig
 from lit_gpt.errors import UserError, exit_on_user_error
-from lit_gpt.files import explain_full_disk
+from lit_gpt.files import explain_unwritable
 from lit_gpt.model import GPT
 from lit_gpt.tokens.storage import copy_folder
 from lit_gpt.training.checkpoint import write_checkpoint
@@ -75,7 +75,6 @@ def main(argv: Optional[list[str]] = None) -> None:
 
 
 def _write_file(out: Path, tensors: dict[str, torch.Tensor], meta: dict, dtype: torch.dtype) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     total = sum(t.numel() * (dtype.itemsize if t.ndim == 2 else 4) for t in tensors.values())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -89,7 +88,7 @@ def _write_folder(path: Path, tensors: dict[str, torch.Tensor], meta: dict) -> N
         with console.status("writing"):
             write_checkpoint(path, named, named, meta)
     except CheckpointException as error:
-        with explain_full_disk(path):
+        with explain_unwritable(path):
             raise next(iter(error.failures.values()))[0] from error
 
 

@@ -1,5 +1,6 @@
 """The training entry, as a user runs it: exact resumes, one-line errors, records."""
 
+import errno
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -178,6 +180,8 @@ def refused(argv: list[str], capsys) -> str:
         ({"num_extrapol": 0}, ["--num_extrapol", "at least 1"]),
         ({"micro_batch_size": -2}, ["--micro_batch_size", "at least 0"]),
         ({"learning_rat": 1}, ["learning_rat"]),
+        ({"exp_name": "a/b"}, ["--exp_name", "a/b"]),
+        ({"output_root": Path(__file__)}, ["cannot write to", "Not a directory"]),
         ({"wandb_project": "x"}, []),
         ({"train_data_dir": "a=0.5,b"}, ["b has no weight"]),
         ({"train_data_dir": "nosuch://a"}, ["nosuch"]),
@@ -314,6 +318,14 @@ def test_two_processes_cannot_train_in_one_folder(arguments, tmp_path, capsys):
     holder = pretrain.open_run_folder(folder, {}, tmp_path / "none", fresh=False)
     assert "another process" in refused(arguments(), capsys)
     holder.close()
+
+
+def test_a_file_system_without_locks_is_told_and_trained_on(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    pretrain.setup(arguments(total_tokens=128))
+    said = capsys.readouterr()
+    assert "has no locks (Function not implemented)" in said.err and "another process" not in said.err
+    assert "step       1 / 1" in said.out
 
 
 def test_steps_that_are_not_finite_end_the_run_without_a_checkpoint(arguments, tmp_path, capsys):

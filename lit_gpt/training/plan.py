@@ -48,7 +48,9 @@ class Plan:
     def make(
         cls, args: PretrainArgs, world_size: int, validation: Optional[ValidationData], fits: Fits = any_size
     ) -> "Plan":
-        """Raises UserError if the batch does not divide or the run is shorter than a step."""
+        """Raises UserError if the batch does not divide, the run is shorter than a step, or its name is a path."""
+        if "/" in args.exp_name:
+            raise UserError(f"--exp_name {args.exp_name!r} should be a name, without a /.")
         batch_tokens = args.sequences_per_batch * args.sequence_length
         micro_batch, accumulation = split_batch(
             args.sequences_per_batch, args.sequence_length, args.micro_batch_size, world_size, fits

@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.fabric import Fabric
 from rich.console import Console
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import explain_full_disk, write_atomically
+from lit_gpt.files import explain_unwritable, write_atomically
 from lit_gpt.tokens.storage import AnyPath, copy_folder
 from lit_gpt.training.args import PretrainArgs
 from lit_gpt.training.checkpoint_manifest import newest_sound, read_meta
@@ -35,19 +36,24 @@ def open_run_folder(folder: Path, resolved: dict, tokenizer: AnyPath, fresh: boo
         fresh: empty the folder first.
 
     Raises:
-        UserError: another process has it, or the disk is full.
+        UserError: another process has it, or nothing can be written there.
     """
-    with explain_full_disk(folder):
+    with explain_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "w")  # noqa: SIM115, held open until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise UserError(f"another process is training in {folder}. Wait for it, or use another --exp_name.") from error
+    except OSError as error:  # as on Lustre mounted without -o flock
+        text = (
+            f"the file system of {folder} has no locks ({error.strerror}): make sure that one run alone trains there."
+        )
+        print(text, file=sys.stderr, flush=True)
     for item in folder.iterdir():
         if (fresh and item.name != LOCK) or item.suffix == ".tmp":  # the latter left by a kill
             shutil.rmtree(item) if item.is_dir() else item.unlink()
-    with explain_full_disk(folder):
+    with explain_unwritable(folder):
         write_atomically(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
         copy_folder(tokenizer, folder / "tokenizer")
     return lock

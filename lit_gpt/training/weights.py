@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import explain_full_disk, sync_folder, temporary_name
+from lit_gpt.files import explain_unwritable, sync_folder, temporary_name
 from lit_gpt.tensor_file import TensorFile, write_tensors
 from lit_gpt.training.checkpoint import load_model
 from lit_gpt.training.checkpoint_manifest import META, damage, newest_sound, read_meta
@@ -96,7 +96,8 @@ def save_weights(
     metadata |= {"step": str(meta["step"]), "tokens": str(meta["tokens"])}
     metadata["document_format"] = meta.get("document_format") or ""
     temporary = temporary_name(path)
-    with explain_full_disk(path.parent):
+    with explain_unwritable(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_tensors(temporary, cast, metadata, on_bytes)
             os.replace(temporary, path)

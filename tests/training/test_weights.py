@@ -135,6 +135,8 @@ def test_wrong_weights_end_in_one_line(run, tmp_path, tiny_corpus, tiny_model, c
     convert_with = lambda source, out, *flags: [f"--source={source}", f"--out={tmp_path / out}", *flags]
     assert "is there already" in refused(capsys, convert_checkpoint.main, convert_with(run, "other.yaml"))
     assert "--dtype" in refused(capsys, convert_checkpoint.main, convert_with(run, "new", "--dtype=bfloat16"))
+    for out in ("other.yaml/new.safetensors", "other.yaml/new"):
+        assert "cannot write to" in refused(capsys, convert_checkpoint.main, convert_with(run, out))
     write_tensors(tmp_path / "plain.safetensors", {"a": torch.zeros(2)}, {"format": "pt"})
     assert "of which model" in refused(
         capsys, convert_checkpoint.main, convert_with(tmp_path / "plain.safetensors", "x")
