@@ -16,8 +16,8 @@
 #                          a time limit), and after a failure of torchrun itself, until the run is finished
 #
 # Exit codes: 0 finished; 75 left early with everything saved: run the same command to go on; 2 an error of the user's;
-# else a failure. SIGTERM, SIGINT and SIGUSR1 to this script reach each worker here once: they save and leave. A second
-# signal ends them at once. (torchrun alone would kill them 30 seconds after the first.)
+# else a failure. SIGTERM, SIGINT and SIGUSR1 to this script reach each worker here once, and SIGHUP as SIGTERM: they
+# save and leave. A second signal ends them at once. (torchrun alone would kill them 30 seconds after the first.)
 
 set -uo pipefail
 
@@ -60,20 +60,26 @@ else
     [ -z "$node_rank" ] || meet+=(--rdzv_conf "is_host=$([ "$node_rank" = 0 ] && echo 1 || echo 0)")
 fi
 
-# What workers tell this script: worker-<rank>, its process group while it lives; left-<rank>, that it exited with 75;
-# refused-<rank>, that it exited with 2.
+# What workers tell this script: starting-<rank>, then worker-<rank>, its process group while it lives, under the second
+# name once a signal does not end it any more; left-<rank>, that it exited with 75; refused-<rank>, that it exited with 2.
 told=$(mktemp -d)
 trap 'rm -rf "$told"' EXIT
 
+# Python, told to hold signals back until pretrain.py has imported all that it needs, and hears them.
+hold='import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+os.rename(*sys.argv[1:3])
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])'
+
 # One worker: pretrain.py, whose exit code torchrun must not take for a failure where it is none.
 worker() {
-    local me=$told/worker-$LOCAL_RANK code
+    local starting=$told/starting-$LOCAL_RANK me=$told/worker-$LOCAL_RANK code
     ! compgen -G "$told/refused-*" >/dev/null || exit 2 # started again, it would be refused again
     trap : TERM INT USR1 HUP # meant for pretrain.py, which is in the same process group
-    echo $$ >"$me.new" && mv "$me.new" "$me"
-    "$PYTHON" pretrain.py --nnodes "$nnodes" --devices "$nproc" "$@"
+    echo $$ >"$starting"
+    "$PYTHON" -c "$hold" "$starting" "$me" pretrain.py --nnodes "$nnodes" --devices "$nproc" "$@"
     code=$?
-    rm -f "$me"
+    rm -f "$starting" "$me"
     case $code in
     75) : >"$told/left-$LOCAL_RANK" && exit 0 ;;
     2) : >"$told/refused-$LOCAL_RANK" ;;
@@ -87,27 +93,26 @@ worker() {
     exit $code
 }
 export -f worker
-export told PYTHON nnodes nproc OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export told hold PYTHON nnodes nproc OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 signals=0 agent=''
-to_workers() { # signal
+to_workers() { # signal, worker or starting
     local file
-    for file in "$told"/worker-*; do [ ! -e "$file" ] || kill -s "$1" -- "-$(cat "$file")" 2>/dev/null; done
+    for file in "$told/$2"-*; do [ ! -e "$file" ] || kill -s "$1" -- "-$(cat "$file")" 2>/dev/null; done
 }
 pass_on() { # signal
     signals=$((signals + 1))
     if [ $signals = 1 ] && compgen -G "$told/worker-*" >/dev/null; then
         echo "SIG$1: passed on to the workers, which save and leave." >&2
-        to_workers "$1"
+        to_workers "$1" worker
     else # the second, or none is there yet
-        to_workers "$1"
+        to_workers "$1" worker
         [ -z "$agent" ] || kill -s KILL "$agent" 2>/dev/null
     fi
 }
-trap 'pass_on TERM' TERM
+trap 'pass_on TERM' TERM HUP # the latter when the terminal goes, unless nohup has this script ignore it
 trap 'pass_on INT' INT
 trap 'pass_on USR1' USR1
-trap 'pass_on HUP' HUP
 
 while :; do
     rm -f "$told"/*
@@ -118,7 +123,8 @@ while :; do
     wait "$agent"
     code=$?
     while kill -0 "$agent" 2>/dev/null; do wait "$agent" && code=0 || code=$?; done # a signal ends a wait early
-    to_workers KILL # those of a torchrun that was itself killed
+    to_workers KILL worker # those of a torchrun that was itself killed
+    to_workers KILL starting
 
     if compgen -G "$told/left-*" >/dev/null; then
         code=75

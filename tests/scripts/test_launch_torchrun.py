@@ -39,6 +39,18 @@ def test_what_pretraining_refuses_is_refused_once(tmp_path):
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_workers_import_is_heard_later_and_starts_nothing_again(number, long_run, tmp_path):
+    command = [SCRIPT, "--nproc_per_node", "1", *long_run, f"--output_root={tmp_path}", "--exp_name=early"]
+    environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}  # where workers tell that they are there
+    script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert wait_until(lambda: list(tmp_path.glob("tmp.*/worker-0")), 60)
+    script.send_signal(number)
+    out, _ = script.communicate(timeout=120)
+    assert script.returncode == 75 and "left on SIGTERM after step" in out, out
+
+
 @pytest.fixture
 def start(long_run, tmp_path):
     """Starts the script twice, as two nodes of one run; ends what is left of them."""
