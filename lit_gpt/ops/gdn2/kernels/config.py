@@ -32,12 +32,12 @@ class Config:
 
     chunk: int = 64
     block_scores: Launch = field(default_factory=lambda: Launch(tile=32, registers=168))
-    chunk_scores: Launch = field(default_factory=lambda: Launch(tile=32))
+    chunk_scores: Launch = field(default_factory=lambda: Launch(tile=64))
     forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
-    state_gradients: Launch = field(default_factory=lambda: Launch(stages=2, registers=168))
-    input_gradients: Launch = field(default_factory=lambda: Launch(stages=3))
+    chunk_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
+    block_gradients: Launch = field(default_factory=lambda: Launch(tile=32))
 
     def flat(self) -> list[int]:
         """As integers, which operators take; no bound on registers is 0."""
@@ -74,7 +74,7 @@ def config_for(dot: torch.dtype, KP: int, capability: tuple[int, int]) -> Config
             f"Use {instead}heads of at most 128."
         )
     hopper = room >= 227
-    flat = dict.fromkeys(("score_gradients", "state_gradients", "input_gradients"), Launch())
+    flat = dict.fromkeys(("score_gradients", "chunk_gradients"), Launch())
     scan = Launch(warps=8 if wide else 4)
     if half:
         if hopper:

@@ -1,51 +1,29 @@
-"""Decay factors of a chunk, exact for every log-decay from 0 to -inf.
+"""Decay factors of a chunk, for every log-decay from 0 to -inf.
 
-Every factor the chunk algorithm needs is a product of alpha = exp(g) over a span of rows, so it is at most 1. We
-write its exponent as a sum over the span and let the tensor cores add it up: with x = g log2(e) and a 0/1 matrix M
-whose row i marks the span that row i needs,
+Every factor the chunk algorithm needs is a product of alpha = exp(g) over a span of rows, so it is at most 1. Within a
+block of 16 rows we write its exponent as a sum over the span and let the tensor cores add it up: with x = g log2(e) and
+a 0/1 matrix M [16, 16] whose row i marks the span that row i needs,
 
     factor = exp2(M x)        and, going back,        dg = M^T (factor * dfactor)
 
-Nothing is subtracted, so nothing cancels and nothing overflows. A chunk is worked on in two halves of N rows; the
-spans of a half:
+Nothing is subtracted, so nothing cancels and nothing overflows. The spans of a block:
 
-    head   i: rows 0..i                  from the half's start through i
-    tail   j: rows j+1..N-1              after j to the half's end
-    level  h = N/2, N/4, ... 1: blocks of h rows, taken in couples (even block, odd block)
-           i in the odd block, p its first row: rows p..i; j in the even block: rows j+1..p-1
+    head   i: rows 0..i                  from the block's start through i
+    tail   j: rows j+1..15               after j to the block's end
+    level  h = 8, 4, 2, 1: sub-blocks of h rows, taken in couples (even, odd)
+           i in the odd one, p its first row: rows p..i; j in the even one: rows j+1..p-1
 
-A pair of rows i > j of one half falls into exactly one couple of exactly one level, and its decay is the product of
-the two.
+A pair of rows i > j of one block falls into exactly one couple of exactly one level, and its decay is the product of
+the two. A pair of rows of two blocks decays by the tail of one, the head of the other, and all of the blocks between.
 
-A pair across the halves decays by tail (first half) times head (second half); to the chunk's ends, the other half's
-total comes on top.
+Within sub-blocks of 8 rows the forward pass takes one product instead of three levels: with P_i the sum of x from the
+sub-block's start through i, decay(i, j) = exp2(P_i + 112) exp2(-112 - P_j). The two stay between 2^-112 and 2^112,
+because no token counts for less than 2^-28 there: 4e-9, less than what fp32 resolves beside 1. The shift is a constant,
+and a power of two changes no rounding, so what a row gives depends on no row after it.
 """
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-
-
-@functools.cache
-def span_table(N: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """0/1 span matrices [2 + log2 N, N, N]: head, tail, then the levels N/2 ... 1."""
-    i, s = torch.arange(N)[:, None], torch.arange(N)[None]
-    spans = [s <= i, s > i]
-    h = N // 2
-    while h:
-        odd, start = (i // h) % 2 == 1, i // h * h
-        spans.append(torch.where(odd, (s >= start) & (s <= i), (s > i) & (s < start + h)))
-        h //= 2
-    return torch.stack(spans).to(device, dtype)
-
-
-@functools.cache
-def span_table_transposed(N: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The transposes of `span_table`."""
-    return span_table(N, dtype, device).transpose(1, 2).contiguous()
-
 
 @triton.jit
 def log_decay(x, a_log, bias, lower_bound, GATE: tl.constexpr):
@@ -101,20 +79,12 @@ def split_log2(g):
 
 
 @triton.jit
-def span_factor(spans, m, hi, lo, N: tl.constexpr):
-    """exp2(M_m x) as a [BK, N] tile, channel by row; x = hi + lo [BK, N] fp16, spans [.., N, N] fp16."""
-    i = tl.arange(0, N)
-    M = tl.trans(tl.load(spans + m * N * N + i[:, None] * N + i[None, :]))
-    return tl.exp2(tl.dot(lo, M, tl.dot(hi, M)))
-
-
-@triton.jit
-def span_sum(spans_transposed, m, x, acc, N: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + M_m^T x, what the factors' gradients x add to dg, as [BK, N] tiles; spans_transposed [.., N, N] of the
-    dots' type."""
-    i = tl.arange(0, N)
-    M = tl.trans(tl.load(spans_transposed + m * N * N + i[:, None] * N + i[None, :]))
-    return tl.dot(x.to(M.dtype), M, acc, input_precision=PRECISION)
+def chunk_decay(decays, KP: tl.constexpr, L: tl.constexpr):
+    """The decay of a whole chunk, from pointers to those of its first block."""
+    decay = tl.load(decays)
+    for m in tl.static_range(1, L):
+        decay *= tl.load(decays + m * KP)
+    return decay
 
 
 @triton.jit
@@ -131,13 +101,30 @@ def coupled(row, col, h):
 
 
 @triton.jit
-def factor(span, hi, lo):
-    """exp2(M x) [N, BK] for a span matrix M [N, N] fp16 and x = hi + lo [N, BK]."""
-    return tl.exp2(tl.dot(span, lo, tl.dot(span, hi)))
+def span_exponent(span, hi, lo):
+    """M x [L, 16, BK] for a span matrix M [1, 16, 16] and blocks x = hi + lo [L, 16, BK]."""
+    M = tl.broadcast_to(tl.where(span, 1.0, 0.0).to(tl.float16), (hi.shape[0], 16, 16))
+    return tl.dot(M, lo, tl.dot(M, hi))
 
 
 @triton.jit
-def block_factor(span, hi, lo):
-    """exp2(M x) [L, 16, BK] for a span matrix M [1, 16, 16] and blocks x = hi + lo [L, 16, BK]."""
-    M = tl.broadcast_to(tl.where(span, 1.0, 0.0).to(tl.float16), (hi.shape[0], 16, 16))
-    return tl.exp2(tl.dot(M, lo, tl.dot(M, hi)))
+def span_factor(span, hi, lo):
+    """exp2(M x), as above."""
+    return tl.exp2(span_exponent(span, hi, lo))
+
+
+@triton.jit
+def leaf_factors(row, col, hi, lo):
+    """Of every row: that of its head within 8 rows, times 2^112; its inverse; and that of its tail within 8 rows, times
+    2^-112."""
+    tail = span_exponent((col > row) & (col < (row & -8) + 8), hi, lo)
+    hi = tl.maximum(hi, tl.full(hi.shape, -28.0, tl.float16))
+    head = span_exponent((col >= (row & -8)) & (col <= row), hi, lo)
+    return tl.exp2(head + 112.0), tl.exp2(-112.0 - head), tl.exp2(tail) * 1.925929944387236e-34
+
+
+@triton.jit
+def span_sum(span, x, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + M^T x, what the factors' gradients x [L, 16, BK] add to dg; `span` is M transposed."""
+    M = tl.broadcast_to(tl.where(span, 1.0, 0.0).to(DOT), (x.shape[0], 16, 16))
+    return tl.dot(M, x.to(DOT), acc, input_precision=PRECISION)

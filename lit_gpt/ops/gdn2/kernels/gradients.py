@@ -8,19 +8,21 @@ stored as symmetric matrices Wq, Wt (the lower triangle mirrored, the diagonal l
 For the L2 norms it adds the
 two row sums that take out what points along q and k:  sum_K q dq = sum_V o do,   sum_K k dk = sum_V dz (2 R - w v).
 
-state_gradients_kernel, one program per (tile of K, chunk, value head), S before and dS' after the chunk:
+chunk_gradients_kernel, one program per (tile of K, chunk, value head), S before and dS' after the chunk:
 
     dQg = do S^T      dEg = -dz S^T      dKt = R dS'^T
 
-and what reaches dg of a whole half at once: through the chunk's decay, through the heads of the later half, through
-the tails of the earlier half.
+and from there back to Qb, Eb, Kb of prepare.py, through the decays of whole blocks and the scores between blocks. Those
+of level h (couples of blocks of h rows), rows decayed as there (Yq: q in odd blocks, k in even ones; Ye: e and k), Wqh
+and Wth the couples' parts of Wq and Wt:
 
-input_gradients_kernel, one program per (tile of K and half, chunk, value head), tiles [BK, N], channel by row, N rows
-being half a chunk: the rest, across the halves and, within a half, per level h, rows scaled as in prepare.py (Yq: q
-in odd blocks, k in even ones; Ye: e and k):
+    P = Wqh Yq     N = Wth Ye        odd rows: dq += P, de += N     even rows: dk += P + N
 
-    P = Yq Wqh     N = Ye Wth
-    odd rows: dq += f P, de += f N     even rows: dk += f (P + N)     every row: f df = Yq P + Ye N
+block_gradients_kernel, one program per (tile of K, chunk, value head), is the rest, on blocks [C / 16, 16, BK] as in
+block_scores_kernel: from Qb, Eb, Kb back to q, e, k, and the scores within blocks, level by level with factors f:
+
+    P = Wqh Yq     N = Wth Ye        odd rows: dq += f P, de += f N     even rows: dk += f (P + N)
+    every row: f df = Yq P + Ye N
 
 dg sums f df of every factor over its span (decay.py). Then db = k de, dk += b de, and the chain through the L2 norm
 and the gate.
@@ -29,7 +31,17 @@ and the gate.
 import triton
 import triton.language as tl
 
-from .decay import gate, gate_backward, log_decay, log_decay_backward, span_factor, span_sum, split_log2
+from .decay import (
+    chunk_decay,
+    gate,
+    gate_backward,
+    level_span,
+    log_decay,
+    log_decay_backward,
+    span_factor,
+    span_sum,
+    split_log2,
+)
 
 
 @triton.jit
@@ -90,15 +102,16 @@ def score_gradients_kernel(
 
 
 @triton.jit
-def state_gradients_kernel(
-    do, dZ, R, S, dS, Qg, Eg, Kt, totals, chunk_start, chunk_rows,
-    dQg, dEg, dKt, dg_halves,
+def chunk_gradients_kernel(
+    do, dZ, R, S, dS, Qb, Eb, Kb, decays, row_scales, Wq, Wt, chunk_start, chunk_rows,
+    dQb, dEb, dKb, dX,
     HV: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reads do [T, HV, V] and, per chunk, dZ, R, S, dS, Qg, Eg, Kt, totals. Writes dQg, dEg, dKt [chunks, HV, C, KP]
-    and dg_halves [chunks, HV, 2, KP] fp32."""
+    """Reads do [T, HV, V] and, per chunk, dZ, R, S, dS, Qb, Eb, Kb, decays, row_scales, Wq, Wt. Writes dQb, dEb, dKb
+    [chunks, HV, C, KP], of q, e, k normed and scaled, and dX [chunks, HV, C / 16, KP] fp32: what reaches dg of all rows
+    of a block at once."""
+    L: tl.constexpr = C // 16
     tile, n, hv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(chunk_start + n).to(tl.int64)
     rows = tl.load(chunk_rows + n)
@@ -110,6 +123,8 @@ def state_gradients_kernel(
     R += base * C * VP
     S += base * KP * VP
     dS += base * KP * VP
+    decays += base * L * KP
+    row_scales += base * 2 * C
     i, d = tl.arange(0, C), tile * BK + tl.arange(0, BK)
     dq, de, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     S_dS = tl.zeros([BK], tl.float32)
@@ -120,149 +135,140 @@ def state_gradients_kernel(
         dz, r = tl.load(dZ + local), tl.load(R + local)
         s0, ds1 = tl.load(S + d[:, None] * VP + c[None, :]), tl.load(dS + d[:, None] * VP + c[None, :])
         dq = tl.dot(dout, tl.trans(s0), dq, input_precision=PRECISION)
-        de = tl.dot(dz, tl.trans(s0), de, input_precision=PRECISION)
+        de = tl.dot((-dz).to(DOT), tl.trans(s0), de, input_precision=PRECISION)
         dk = tl.dot(r, tl.trans(ds1), dk, input_precision=PRECISION)
         S_dS += tl.sum(s0.to(tl.float32) * ds1.to(tl.float32), 1)
-    first = base * C * KP
-    at = i[:, None] * KP + d[None, :]
-    tl.store(dQg + first + at, dq.to(DOT))
-    tl.store(dEg + first + at, (-de).to(DOT))
-    tl.store(dKt + first + at, dk.to(DOT))
-    later = (i >= C // 2)[:, None]
-    heads = tl.load(Qg + first + at).to(tl.float32) * dq - tl.load(Eg + first + at).to(tl.float32) * de
-    tails = tl.load(Kt + first + at).to(tl.float32) * dk
-    whole = tl.exp2(tl.load(totals + base * 2 * KP + d) + tl.load(totals + base * 2 * KP + KP + d)) * S_dS
-    tl.store(dg_halves + base * 2 * KP + d, whole + tl.sum(tl.where(later, heads, 0.0), 0))
-    tl.store(dg_halves + base * 2 * KP + KP + d, whole + tl.sum(tl.where(later, 0.0, tails), 0))
+
+    row, col = i[:, None], i[None, :]
+    block = row // 16
+    odd, later = (block & 1) == 1, block >= C // 32
+    at, square = base * C * KP + row * KP + d[None, :], base * C * C + row * C + col
+    q_scale, k_scale = tl.load(row_scales + i)[:, None], tl.load(row_scales + C + i)[:, None]
+    qs, ks = tl.load(Qb + at).to(tl.float32) * q_scale, tl.load(Kb + at).to(tl.float32) * k_scale
+    es = tl.load(Eb + at).to(tl.float32) * k_scale
+    blocks = tl.arange(0, L)[:, None]
+    dx = (chunk_decay(decays + d, KP, L) * S_dS)[None, :] + tl.zeros([L, BK], tl.float32)
+    pair = tl.load(decays + (block ^ 1) * KP + d[None, :])  # decays of the other block of a row's couple
+    before, after = tl.where(odd, pair, 1.0), tl.where(odd, 1.0, pair)
+    qs, es, ks = qs * before, es * before, ks * after
+    if WIDE == 2:
+        other = (block & 2) ^ 2  # first block of the other half
+        half = tl.load(decays + other * KP + d[None, :]) * tl.load(decays + (other + 1) * KP + d[None, :])
+        to_head, to_tail = tl.where(later, half, 1.0), tl.where(later, 1.0, half)
+        dq, de, dk = dq * to_head, de * to_head, dk * to_tail
+        heads = tl.sum(tl.where(later, qs * dq + es * de, 0.0), 0)
+        tails = tl.sum(tl.where(later, 0.0, ks * dk), 0)
+        dx += tl.where(blocks < L // 2, heads[None, :], tails[None, :])
+        across = (row // 32) != (col // 32)
+        w = tl.where(across, tl.load(Wq + square), 0.0)
+        P = tl.dot(w, tl.where(later, qs, ks).to(DOT), input_precision=PRECISION)
+        dq += tl.where(later, P, 0.0)
+        dk += tl.where(later, 0.0, P)
+        w = tl.where(across, tl.load(Wt + square), 0.0)
+        P = tl.dot(w, tl.where(later, es, ks).to(DOT), input_precision=PRECISION)
+        de += tl.where(later, P, 0.0)
+        dk += tl.where(later, 0.0, P)
+    x = tl.where(odd, qs * dq + es * de, ks * dk)
+    dx += tl.sum(x.reshape(L, 16, BK), 1)
+    tl.store(dX + base * L * KP + (blocks ^ 1) * KP + d[None, :], dx)
+    dq, de, dk = dq * before, de * before, dk * after
+
+    couple = ((row // 16) ^ (col // 16)) == 1
+    qs, ks = tl.load(Qb + at).to(tl.float32) * q_scale, tl.load(Kb + at).to(tl.float32) * k_scale
+    es = tl.load(Eb + at).to(tl.float32) * k_scale
+    w = tl.where(couple, tl.load(Wq + square), 0.0)
+    P = tl.dot(w, tl.where(odd, qs, ks).to(DOT), input_precision=PRECISION)
+    dq += tl.where(odd, P, 0.0)
+    dk += tl.where(odd, 0.0, P)
+    w = tl.where(couple, tl.load(Wt + square), 0.0)
+    P = tl.dot(w, tl.where(odd, es, ks).to(DOT), input_precision=PRECISION)
+    de += tl.where(odd, P, 0.0)
+    dk += tl.where(odd, 0.0, P)
+    tl.store(dQb + at, dq.to(DOT))
+    tl.store(dEb + at, de.to(DOT))
+    tl.store(dKb + at, dk.to(DOT))
 
 
 @triton.jit
-def input_gradients_kernel(
-    q, k, b, g, A_log, dt_bias, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, totals, row_scales, spans,
-    spans_transposed,
-    chunk_start, chunk_rows,
+def block_gradients_kernel(
+    q, k, b, g, A_log, dt_bias, dQb, dEb, dKb, dX, Wq, Wt, row_sums, row_scales, chunk_start, chunk_rows,
     dq, dk, db, dg, dA_log, dbias,
     scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    LEVELS: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K], and what prepare.py and the kernels above wrote of each chunk. Writes
-    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, 2, KP / BK], dbias [chunks, HV, 2,
-    KP]."""
-    N: tl.constexpr = C // 2
-    tile, half, n, hv = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1), tl.program_id(2)
+    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, KP / BK], dbias [chunks, HV, KP]."""
+    L: tl.constexpr = C // 16
+    tile, n, hv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(chunk_start + n).to(tl.int64)
     rows = tl.load(chunk_rows + n)
     if rows == 0:
         return
     h = hv // (HV // H)
     base = n.to(tl.int64) * HV + hv
-    own, other = half * N, N - half * N
-    i, d = tl.arange(0, N), (tile * BK + tl.arange(0, BK))[:, None]
-    row, col = i[:, None], i[None, :]
-    mask, mask_other = (own + col < rows) & (d < K), (other + col < rows) & (d < K)
-    at, at_b, local = d + col * (H * K), d + col * (HV * K), d + col * KP
-    q += ((start + own) * H + h) * K
-    k += ((start + own) * H + h) * K
-    b += ((start + own) * HV + hv) * K
-    g += ((start + own) * HV + hv) * K
-    shift, shift_hv = (other - own) * (H * K), (other - own) * (HV * K)
-    row_scales += base * 2 * C + i
-    row_sums += base * 3 * C + own
-    totals += base * 2 * KP + d
-    square = base * C * C + own * C + row * C + col
-    at_kp = base * C * KP + own * KP + local
+    r = tl.arange(0, 16)
+    block, row, col = tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
+    i, d = block * 16 + row, tile * BK + tl.arange(0, BK)[None, None, :]
+    mask = (i < rows) & (d < K)
+    first, first_hv = (start * H + h) * K, (start * HV + hv) * K
+    at, at_hv = i * (H * K) + d, i * (HV * K) + d
+    local = base * C * KP + i * KP + d
+    row_scales += base * 2 * C
+    row_sums += base * 3 * C
+    square = base * C * C + i * C + block * 16 + col
 
     # Everything is asked for before anything is waited for.
-    mask_later = (other + col < tl.where(half == 0, rows, 0)) & (d < K)
-    gs, g_other = tl.load(g + at_b, mask, 0.0), tl.load(g + shift_hv + at_b, mask_other, 0.0)
-    k_raw, k_other = tl.load(k + at, mask, 0.0), tl.load(k + shift + at, mask_other, 0.0)
-    q_raw, q_other = tl.load(q + at, mask, 0.0), tl.load(q + shift + at, mask_later, 0.0)
-    b_raw, b_other = tl.load(b + at_b, mask, 0.0), tl.load(b + shift_hv + at_b, mask_later, 0.0)
-    dQ_raw, dE_raw, dK_raw = tl.load(dQg + at_kp), tl.load(dEg + at_kp), tl.load(dKt + at_kp)
-    wq, wt = tl.load(Wq + other + square), tl.load(Wt + other + square)
-    q_scale, k_scale = tl.load(row_scales + own)[None, :], tl.load(row_scales + C + own)[None, :]
-    q_scale_other, k_scale_other = tl.load(row_scales + other)[None, :], tl.load(row_scales + C + other)[None, :]
-    before, after = tl.exp2(tl.load(totals)), tl.exp2(tl.load(totals + KP))
-    dgs = tl.zeros([BK, N], tl.float32) + tl.load(dg_halves + base * 2 * KP + half * KP + d)
+    gs = tl.load(g + first_hv + at_hv, mask, 0.0)
+    q_raw, k_raw = tl.load(q + first + at, mask, 0.0), tl.load(k + first + at, mask, 0.0)
+    b_raw = tl.load(b + first_hv + at_hv, mask, 0.0)
+    dqs, des, dks = tl.load(dQb + local), tl.load(dEb + local), tl.load(dKb + local)
+    wq, wt = tl.load(Wq + square), tl.load(Wt + square)
+    q_scale, k_scale = tl.load(row_scales + i), tl.load(row_scales + C + i)
+    dgs = tl.zeros([L, 16, BK], tl.float32) + tl.load(dX + base * L * KP + block * KP + d)
     a_log, bias = 0.0, 0.0
     if GATE:
         a_log = tl.load(A_log + hv).to(tl.float32)
         bias = tl.load(dt_bias + hv * K + d, d < K, 0.0).to(tl.float32)
 
     hi, lo = split_log2(tl.where(mask, log_decay(gs.to(tl.float32), a_log, bias, lower_bound, GATE), 0.0))
-    hi_other, lo_other = split_log2(
-        tl.where(mask_other, log_decay(g_other.to(tl.float32), a_log, bias, lower_bound, GATE), 0.0)
-    )
     qs, ks = q_raw.to(tl.float32) * q_scale, k_raw.to(tl.float32) * k_scale
     es = ks * gate(b_raw, B_RANGE).to(tl.float32)
-
-    # Across the halves: a later row's head meets an earlier row's tail.
-    f_other = span_factor(spans, half, hi_other, lo_other, N)
-    head, tail = span_factor(spans, 0, hi, lo, N), span_factor(spans, 1, hi, lo, N)
-    k_other = k_other.to(tl.float32) * k_scale_other * f_other
-    dqs, des, dks = dQ_raw.to(tl.float32), dE_raw.to(tl.float32), dK_raw.to(tl.float32)
-    if half == 1:
-        y = k_other.to(DOT)
-        dqs = head * (dqs * before + tl.dot(y, tl.trans(wq), input_precision=PRECISION))
-        des = head * (des * before + tl.dot(y, tl.trans(wt), input_precision=PRECISION))
-        dks *= tail
-    else:
-        y = (q_other.to(tl.float32) * q_scale_other * f_other).to(DOT)
-        dk_q = tl.dot(y, tl.trans(wq), input_precision=PRECISION)
-        y = (k_other * gate(b_other, B_RANGE).to(tl.float32)).to(DOT)
-        dqs *= head
-        des *= head
-        dks = tail * (dks * after + tl.dot(y, tl.trans(wt), dk_q, input_precision=PRECISION))
-    dgs = span_sum(spans_transposed, 0, qs * dqs + es * des, dgs, N, PRECISION)
-    dgs = span_sum(spans_transposed, 1, ks * dks, dgs, N, PRECISION)
-
-    Wq += own + square
-    Wt += own + square
-    for level in range(LEVELS):
-        block = N >> (level + 1)
-        f = span_factor(spans, 2 + level, hi, lo, N)
-        odd = (col & block) != 0
-        couple = ((row ^ col) & -block) == block
-        wq = tl.where(couple, tl.load(Wq), 0.0)
-        wt = tl.where(couple, tl.load(Wt), 0.0)
+    f = span_factor(col <= row, hi, lo)
+    dqs, des = f * dqs.to(tl.float32), f * des.to(tl.float32)
+    dgs = span_sum(col >= row, qs * dqs + es * des, dgs, DOT, PRECISION)
+    f = span_factor(col > row, hi, lo)
+    dks = f * dks.to(tl.float32)
+    dgs = span_sum(col < row, ks * dks, dgs, DOT, PRECISION)
+    for level in tl.static_range(4):
+        f = span_factor(level_span(row, col, 8 >> level), hi, lo)
+        odd = (row & (8 >> level)) != 0
+        couple = ((row ^ col) & -(8 >> level)) == (8 >> level)
         kf = ks * f
-        fP = f * tl.dot(tl.where(odd, qs * f, kf).to(DOT), tl.trans(wq), input_precision=PRECISION)
-        fN = f * tl.dot(tl.where(odd, es * f, kf).to(DOT), tl.trans(wt), input_precision=PRECISION)
-        to_k = tl.where(odd, 0.0, fP + fN)
-        fP, fN = tl.where(odd, fP, 0.0), tl.where(odd, fN, 0.0)
-        dqs += fP
-        des += fN
-        dks += to_k
-        dgs = span_sum(spans_transposed, 2 + level, qs * fP + es * fN + ks * to_k, dgs, N, PRECISION)
+        yq, ye = tl.where(odd, qs * f, kf), tl.where(odd, es * f, kf)
+        P = tl.dot(tl.where(couple, wq, 0.0), yq.to(DOT), input_precision=PRECISION)
+        N = tl.dot(tl.where(couple, wt, 0.0), ye.to(DOT), input_precision=PRECISION)
+        dgs = span_sum(level_span(col, row, 8 >> level), yq * P + ye * N, dgs, DOT, PRECISION)
+        P, N = f * P, f * N
+        dqs += tl.where(odd, P, 0.0)
+        des += tl.where(odd, N, 0.0)
+        dks += tl.where(odd, 0.0, P + N)
 
-    # Loaded anew rather than kept: registers are what this kernel is short of.
-    tl.debug_barrier()
-    at_hv = at_b
-    db += ((start + own) * HV + hv) * K
-    dq += ((start + own) * HV + hv) * K
-    dk += ((start + own) * HV + hv) * K
-    dg += ((start + own) * HV + hv) * K
-    q_raw, k_raw, b_raw = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0), tl.load(b + at_b, mask, 0.0)
-    q_scale, k_scale = tl.load(row_scales + own)[None, :], tl.load(row_scales + C + own)[None, :]
-    diagonal, q_dq, k_dk = tl.load(row_sums + i)[None, :], 0.0, 0.0
+    diagonal, q_dq, k_dk = tl.load(row_sums + i), 0.0, 0.0
     if L2NORM:
-        q_dq, k_dk = tl.load(row_sums + C + i)[None, :], tl.load(row_sums + 2 * C + i)[None, :]
-    qs = q_raw.to(tl.float32) * q_scale
-    ks = k_raw.to(tl.float32) * k_scale
+        q_dq, k_dk = tl.load(row_sums + C + i), tl.load(row_sums + 2 * C + i)
     bs = gate(b_raw, B_RANGE).to(tl.float32)
-    tl.store(db + at_hv, gate_backward(bs, des * ks, B_RANGE).to(db.dtype.element_ty), mask)
+    tl.store(db + first_hv + at_hv, gate_backward(bs, des * ks, B_RANGE).to(db.dtype.element_ty), mask)
     dks += diagonal * qs + des * bs
     dqs += diagonal * ks
     if L2NORM:  # what points along q and k changes nothing
         dqs -= qs * (q_dq / (scale * scale))
         dks -= ks * k_dk
-    tl.store(dq + at_hv, (dqs * q_scale).to(dq.dtype.element_ty), mask)
-    tl.store(dk + at_hv, (dks * k_scale).to(dk.dtype.element_ty), mask)
+    tl.store(dq + first_hv + at_hv, (dqs * q_scale).to(dq.dtype.element_ty), mask)
+    tl.store(dk + first_hv + at_hv, (dks * k_scale).to(dk.dtype.element_ty), mask)
     if GATE:
-        x = tl.load(g + at_hv, mask, 0.0).to(tl.float32)
-        dgs, da = log_decay_backward(x, a_log, bias, lower_bound, tl.where(mask, dgs, 0.0), GATE)
-        tl.store(dA_log + (base * 2 + half) * (KP // BK) + tile, tl.sum(tl.sum(tl.where(mask, da, 0.0), 1), 0))
-        tl.store(dbias + (base * 2 + half) * KP + d, tl.sum(tl.where(mask, dgs, 0.0), 1)[:, None])
-    tl.store(dg + at_hv, dgs.to(dg.dtype.element_ty), mask)
+        dgs, da = log_decay_backward(gs.to(tl.float32), a_log, bias, lower_bound, tl.where(mask, dgs, 0.0), GATE)
+        tl.store(dA_log + base * (KP // BK) + tile, tl.sum(tl.where(mask, da, 0.0)))
+        columns = tl.sum(tl.sum(tl.where(mask, dgs, 0.0), 1), 0)
+        tl.store(dbias + base * KP + tile * BK + tl.arange(0, BK), columns)
+    tl.store(dg + first_hv + at_hv, dgs.to(dg.dtype.element_ty), mask)

@@ -1,6 +1,6 @@
 """What chunk_gdn2 launches, forward and backward, over an index of the chunks.
 
-Three launches forward (block scores, chunk scores, forward scan), four backward (backward scan, score, state and input
+Three launches forward (block scores, chunk scores, forward scan), four backward (backward scan, score, chunk and block
 gradients).
 """
 
@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from .config import TILE, Config, Launch
-from .decay import span_table, span_table_transposed
-from .gradients import input_gradients_kernel, score_gradients_kernel, state_gradients_kernel
+from .gradients import block_gradients_kernel, chunk_gradients_kernel, score_gradients_kernel
 from .prepare import block_scores_kernel, chunk_scores_kernel
 from .scan import backward_scan_kernel, forward_scan_kernel
 
@@ -109,7 +108,6 @@ class Options:
             "VP": padded(V),
             "BV": TILE,
             "C": self.config.chunk,
-            "LEVELS": self.config.chunk.bit_length() - 2,
             "WIDE": self.config.chunk.bit_length() - 5,
             "L2NORM": self.l2norm,
             "GATE": self.gate,
@@ -130,13 +128,16 @@ def _launch(kernel, grid: tuple, launch: Launch, constants: dict, *tensors, **mo
 class Scores(NamedTuple):
     """What prepare.py makes of the chunks; shapes there."""
 
+    Qb: torch.Tensor
+    Eb: torch.Tensor
+    Kb: torch.Tensor
+    decays: torch.Tensor
+    row_scales: torch.Tensor
     Qg: torch.Tensor
     Eg: torch.Tensor
     Kt: torch.Tensor
     A: torch.Tensor
     Aqk: torch.Tensor
-    totals: torch.Tensor
-    row_scales: torch.Tensor
 
 
 def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options) -> Scores:
@@ -144,20 +145,20 @@ def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options) 
     KP, C, at = const["KP"], const["C"], options.chunks
     chunks = len(at.start)
     new, exact = functools.partial(q.new_empty, dtype=options.dot), functools.partial(q.new_empty, dtype=torch.float32)
-    Qg, Eg, Kt = (new((chunks, HV, C, KP)) for _ in range(3))
+    Qb, Eb, Kb, Qg, Eg, Kt = (new((chunks, HV, C, KP)) for _ in range(6))
     A, Aqk = (new((chunks, HV, C, C)) for _ in range(2))
     inverses = exact((chunks, HV, C, 16))
-    totals, row_scales = exact((chunks, HV, 2, KP)), exact((chunks, HV, 2, C))
+    decays, row_scales = exact((chunks, HV, C // 16, KP)), exact((chunks, HV, 2, C))
     _launch(
         block_scores_kernel, (chunks, HV), options.config.block_scores, const,
-        q, k, b, g, A_log, dt_bias, at.start, at.rows, Aqk, inverses, row_scales, options.scale, options.lower_bound,
+        q, k, b, g, A_log, dt_bias, at.start, at.rows, Qb, Eb, Kb, decays, Aqk, inverses, row_scales,
+        options.scale, options.lower_bound,
     )  # fmt: skip
     _launch(
         chunk_scores_kernel, (chunks, HV), options.config.chunk_scores, const,
-        q, k, b, g, A_log, dt_bias, inverses, row_scales, span_table(C, torch.float16, q.device), at.start, at.rows,
-        Qg, Eg, Kt, A, Aqk, totals, options.lower_bound,
+        Qb, Eb, Kb, decays, inverses, row_scales, at.rows, Qg, Eg, Kt, A, Aqk,
     )  # fmt: skip
-    return Scores(Qg, Eg, Kt, A, Aqk, totals, row_scales)
+    return Scores(Qb, Eb, Kb, decays, row_scales, Qg, Eg, Kt, A, Aqk)
 
 
 def scan_forward(scores: Scores, v, w, initial_state, const: dict, options: Options, save: bool):
@@ -170,10 +171,10 @@ def scan_forward(scores: Scores, v, w, initial_state, const: dict, options: Opti
     final_state = v.new_empty((sequences, HV, K, V), dtype=torch.float32) if options.output_final_state else None
     S = v.new_empty((chunks, HV, KP, VP), dtype=options.dot) if save else None
     R = v.new_empty((chunks, HV, C, VP), dtype=options.dot) if save else None
-    Qg, Eg, Kt, A, Aqk, totals, _ = scores
+    decays, (Qg, Eg, Kt, A, Aqk) = scores.decays, scores[5:]
     _launch(
         forward_scan_kernel, (VP // TILE, sequences * HV), options.config.forward_scan, const,
-        Qg, Eg, Kt, A, Aqk, totals, v, w, initial_state, at.seqlens, at.first, o, final_state, S, R,
+        Qg, Eg, Kt, A, Aqk, decays, v, w, initial_state, at.seqlens, at.first, o, final_state, S, R,
         HAS_INITIAL=initial_state is not None, WANT_FINAL=final_state is not None, SAVE=save,
     )  # fmt: skip
     return o, final_state, S, R
@@ -185,14 +186,14 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
     at = options.chunks
     chunks, sequences = len(at.start), len(at.seqlens) - 1
     new, exact = functools.partial(q.new_empty, dtype=options.dot), functools.partial(q.new_empty, dtype=torch.float32)
-    Qg, Eg, Kt, A, Aqk, totals, row_scales = scores
+    Qb, Eb, Kb, decays, row_scales, Qg, Eg, Kt, A, Aqk = scores
 
     dv, dw = torch.empty_like(v), torch.empty_like(w)
     dinitial_state = torch.empty_like(initial_state) if initial_state is not None else None
     dS, dZ = new((chunks, HV, KP, VP)), new((chunks, HV, C, VP))
     _launch(
         backward_scan_kernel, (VP // TILE, sequences * HV), options.config.backward_scan, const,
-        Qg, Eg, Kt, A, Aqk, totals, v, w, do, dfinal_state, at.seqlens, at.first, dv, dw, dinitial_state, dS, dZ,
+        Qg, Eg, Kt, A, Aqk, decays, v, w, do, dfinal_state, at.seqlens, at.first, dv, dw, dinitial_state, dS, dZ,
         HAS_FINAL=dfinal_state is not None, WANT_INITIAL=initial_state is not None,
     )  # fmt: skip
 
@@ -203,11 +204,12 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
         o, do, v, w, dZ, R, at.start, at.rows, Wq, Wt, row_sums,
     )  # fmt: skip
 
-    dQg, dEg, dKt = (new((chunks, HV, C, KP)) for _ in range(3))
-    dg_halves = exact((chunks, HV, 2, KP))
+    dQb, dEb, dKb = (new((chunks, HV, C, KP)) for _ in range(3))
+    dX = exact((chunks, HV, C // 16, KP))
+    tiles = KP // options.config.chunk_gradients.tile
     _launch(
-        state_gradients_kernel, (KP // TILE, chunks, HV), options.config.state_gradients, const,
-        do, dZ, R, S, dS, Qg, Eg, Kt, totals, at.start, at.rows, dQg, dEg, dKt, dg_halves,
+        chunk_gradients_kernel, (tiles, chunks, HV), options.config.chunk_gradients, const,
+        do, dZ, R, S, dS, Qb, Eb, Kb, decays, row_scales, Wq, Wt, at.start, at.rows, dQb, dEb, dKb, dX,
     )  # fmt: skip
     del dZ, dS
 
@@ -215,19 +217,18 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
     dq, dk = (b.new_empty(b.shape, dtype=x.dtype if HV == H else torch.float32) for x in (q, k))
     db, dg = torch.empty_like(b), torch.empty_like(g)
     dA_log = dbias = None
+    tiles = KP // options.config.block_gradients.tile
     if options.gate:  # one sum per program; spare chunks leave theirs at zero
-        dA_log = q.new_zeros((chunks, HV, 2 * KP // TILE), dtype=torch.float32)
-        dbias = q.new_zeros((chunks, HV, 2, KP), dtype=torch.float32)
+        dA_log = q.new_zeros((chunks, HV, tiles), dtype=torch.float32)
+        dbias = q.new_zeros((chunks, HV, KP), dtype=torch.float32)
     _launch(
-        input_gradients_kernel, (2 * KP // TILE, chunks, HV), options.config.input_gradients, const,
-        q, k, b, g, A_log, dt_bias, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, totals, row_scales,
-        span_table(C // 2, torch.float16, q.device), span_table_transposed(C // 2, options.dot, q.device),
-        at.start, at.rows,
+        block_gradients_kernel, (tiles, chunks, HV), options.config.block_gradients, const,
+        q, k, b, g, A_log, dt_bias, dQb, dEb, dKb, dX, Wq, Wt, row_sums, row_scales, at.start, at.rows,
         dq, dk, db, dg, dA_log, dbias, options.scale, options.lower_bound,
     )  # fmt: skip
     if HV != H:
         dq, dk = (d.view(-1, H, HV // H, K).sum(2).to(x.dtype) for d, x in ((dq, q), (dk, k)))
     if options.gate:
         dA_log = dA_log.sum((0, 2)).to(A_log.dtype)
-        dbias = dbias.sum((0, 2))[:, :K].to(dt_bias.dtype)
+        dbias = dbias.sum(0)[:, :K].to(dt_bias.dtype)
     return dq, dk, dv, dg, db, dw, dA_log, dbias, dinitial_state

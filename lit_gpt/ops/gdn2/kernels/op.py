@@ -99,8 +99,8 @@ def _(
     if keep and recompute != "all":
         kept += [new(KP, VP), new(C, VP)]
     if keep and recompute == "none":
+        kept += [*(new(C, KP) for _ in range(3)), new(C // 16, KP, dtype=torch.float32), new(2, C, dtype=torch.float32)]
         kept += [*(new(C, KP) for _ in range(3)), new(C, C), new(C, C)]
-        kept += [new(2, KP, dtype=torch.float32), new(2, C, dtype=torch.float32)]
     return [v.new_empty(v.shape), final_state, *kept]
 
 

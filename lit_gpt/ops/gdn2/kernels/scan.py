@@ -13,19 +13,19 @@ Backward, from the last chunk to the first, dS' the gradient of the state after 
 import triton
 import triton.language as tl
 
-from .decay import gate, gate_backward
+from .decay import chunk_decay, gate, gate_backward
 
 
 @triton.jit
 def forward_scan_kernel(
-    Qg, Eg, Kt, A, Aqk, totals, v, w, initial_state, seqlens, first_chunk,
+    Qg, Eg, Kt, A, Aqk, decays, v, w, initial_state, seqlens, first_chunk,
     o, final_state, S_out, R_out,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr,
     HAS_INITIAL: tl.constexpr, WANT_FINAL: tl.constexpr, SAVE: tl.constexpr, W_RANGE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Reads Qg, Eg, Kt, A, Aqk, totals, v, w, initial_state. Writes o [T, HV, V], final_state [N, HV, K, V]; with SAVE
+    """Reads Qg, Eg, Kt, A, Aqk, decays, v, w, initial_state. Writes o [T, HV, V], final_state [N, HV, K, V]; with SAVE
     also, for the backward pass, the state before each chunk S_out [chunks, HV, KP, VP] and R_out [chunks, HV, C,
     VP]."""
     seq, hv = (tl.program_id(1) // HV).to(tl.int64), tl.program_id(1) % HV
@@ -46,7 +46,7 @@ def forward_scan_kernel(
         eg, qg = tl.load(Eg + rows_k), tl.load(Qg + rows_k)
         kt = tl.load(Kt + base * C * KP + i[None, :] * KP + d[:, None])
         a, aqk = tl.load(A + rows_c), tl.load(Aqk + rows_c)
-        gamma = tl.exp2(tl.load(totals + base * 2 * KP + d) + tl.load(totals + base * 2 * KP + KP + d))
+        gamma = chunk_decay(decays + base * (C // 16) * KP + d, KP, C // 16)
         at = (token * HV + hv)[:, None] * V + c[None, :]
         live = (token < end)[:, None] & (c < V)[None, :]
         z = tl.load(v + at, live, 0.0).to(tl.float32) * gate(tl.load(w + at, live, 0.0), W_RANGE).to(tl.float32)
@@ -67,14 +67,14 @@ def forward_scan_kernel(
 
 @triton.jit
 def backward_scan_kernel(
-    Qg, Eg, Kt, A, Aqk, totals, v, w, do, dfinal_state, seqlens, first_chunk,
+    Qg, Eg, Kt, A, Aqk, decays, v, w, do, dfinal_state, seqlens, first_chunk,
     dv, dw, dinitial_state, dS_out, dZ_out,
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr,
     HAS_FINAL: tl.constexpr, WANT_INITIAL: tl.constexpr, W_RANGE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Reads Qg, Eg, Kt, A, Aqk, totals, v, w, do, dfinal_state. Writes the final dv, dw [T, HV, V] and dinitial_state,
+    """Reads Qg, Eg, Kt, A, Aqk, decays, v, w, do, dfinal_state. Writes the final dv, dw [T, HV, V] and dinitial_state,
     and for the gradients' second half dS_out [chunks, HV, KP, VP], the gradient of the state after each chunk, and
     dZ_out [chunks, HV, C, VP]."""
     seq, hv = (tl.program_id(1) // HV).to(tl.int64), tl.program_id(1) % HV
@@ -97,7 +97,7 @@ def backward_scan_kernel(
         columns_c = base * C * C + i[None, :] * C + i[:, None]
         qg, eg = tl.load(Qg + columns_k), tl.load(Eg + columns_k)
         a, aqk = tl.load(A + columns_c), tl.load(Aqk + columns_c)
-        gamma = tl.exp2(tl.load(totals + base * 2 * KP + d) + tl.load(totals + base * 2 * KP + KP + d))
+        gamma = chunk_decay(decays + base * (C // 16) * KP + d, KP, C // 16)
         at = (token * HV + hv)[:, None] * V + c[None, :]
         live = (token < end)[:, None] & (c < V)[None, :]
         dout = tl.load(do + at, live, 0.0).to(DOT)
