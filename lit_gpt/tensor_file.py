@@ -106,10 +106,12 @@ class TensorFile:
                 # a private mapping, though nobody writes: PyTorch warns of memory that it could not write to
                 self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            if not all(isinstance(value, str) for value in self.metadata.values()):
+                raise ValueError("its metadata is not text")
             self.entries = {name: _entry(value, 8 + length, size) for name, value in header.items()}
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}).") from error
 
     def __getitem__(self, name: str) -> Tensor:

@@ -61,6 +61,9 @@ def header(**entries) -> bytes:
         header(a={"dtype": "OBJECT", "shape": [2], "data_offsets": [0, 8]}) + bytes(8),
         header(a={"shape": [2], "data_offsets": [0, 8]}) + bytes(8),
         header(a=[1, 2]) + bytes(8),
+        header(__metadata__=[1]),
+        header(__metadata__={"format": 1}),
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
     ],
 )
 def test_what_is_no_such_file_is_refused_in_one_line(content, tmp_path):

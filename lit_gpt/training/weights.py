@@ -113,6 +113,8 @@ def _file_meta(path: Path) -> dict:
     try:
         meta = {"model": json.loads(metadata["model"])}
         meta |= {name: int(metadata[name]) for name in ("step", "tokens")}
-    except (KeyError, ValueError, TypeError) as error:
+        if not isinstance(meta["model"], dict):
+            raise ValueError("it is no mapping of fields")
+    except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path} says nothing sensible of its model ({error}).") from error
     return {**meta, "document_format": metadata.get("document_format") or None}

@@ -141,6 +141,12 @@ def test_wrong_weights_end_in_one_line(run, tmp_path, tiny_corpus, tiny_model, c
     assert "of which model" in refused(
         capsys, convert_checkpoint.main, convert_with(tmp_path / "plain.safetensors", "x")
     )
+    for model in ("null", "[" * 100_000, json.dumps("model")):
+        metadata = {"lit_gpt_format": "1", "model": model, "step": "1", "tokens": "1"}
+        write_tensors(tmp_path / "odd.safetensors", {"a": torch.zeros(2)}, metadata)
+        assert "nothing sensible" in refused(
+            capsys, convert_checkpoint.main, convert_with(tmp_path / "odd.safetensors", "x")
+        )
     cut = tmp_path / "cut.safetensors"
     convert(run, cut)
     cut.write_bytes(cut.read_bytes()[:-4])
