@@ -21,9 +21,10 @@
 #     nodes of 4 GPUs:      sbatch --gpus-per-node=4 --ntasks-per-node=4 ...
 #     nodes without GPUs:   sbatch --gpus-per-node=0 --ntasks-per-node=1 --cpus-per-task=16 ...
 #
-# Five minutes before the limit (--signal) the tasks save and leave with exit code 75, and the job requeues itself; a
-# job whose node fails is requeued by Slurm (--requeue). Either goes on where its newest checkpoint is. What each node
-# prints is in slurm-<job>/. Settings of NCCL and InfiniBand are the site's: they pass through from your environment.
+# Five minutes before the limit (--signal) the tasks save and leave with exit code 75, and the job requeues itself; so it
+# does when a task is killed or fails. A job whose node fails is requeued by Slurm (--requeue), unless its tasks notice
+# first. Each time it goes on where its newest checkpoint is. What each node prints is in slurm-<job>/. Settings of NCCL
+# and InfiniBand are the site's: they pass through from your environment.
 
 set -uo pipefail
 
@@ -31,9 +32,14 @@ set -uo pipefail
 CONTAINER=${CONTAINER:-}
 # Folders that the container needs besides this one, with data and runs, as /a,/b.
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}
+# How often in a row a job whose tasks fail is queued again; never for an error of the user's (exit code 2).
+MAX_RESTARTS=${MAX_RESTARTS:-3}
 # The interpreter; by default that of .venv, in a container the image's own.
 PYTHON=${PYTHON:-$([ -z "$CONTAINER" ] && [ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 
+say() {
+    echo "$(date '+%F %T') $*"
+}
 refuse() {
     echo "error: $*" >&2
     exit 2
@@ -43,6 +49,7 @@ refuse() {
 [ -f pretrain.py ] || refuse "no pretrain.py in $PWD: submit from the root of the repository, or with sbatch --chdir."
 tasks=${SLURM_NTASKS_PER_NODE:-1}
 gpus=${SLURM_GPUS_ON_NODE:-0}
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || refuse "MAX_RESTARTS should be a number, not '$MAX_RESTARTS'."
 [ "$gpus" = 0 ] || [ "$gpus" = "$tasks" ] ||
     refuse "$tasks tasks on a node of $gpus GPUs: give --ntasks-per-node and --gpus-per-node the same number."
 
@@ -70,25 +77,36 @@ export MASTER_ADDR OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 logs=slurm-$SLURM_JOB_ID
 mkdir -p "$logs"
-echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes" \
+say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes" \
     "($SLURM_JOB_NODELIST) x $tasks tasks; their output: $logs/node*.log"
 
 trap : TERM INT USR1 # a signal for the whole job reaches this shell too, which has to outlive its tasks
 srun "${step[@]}" --output="$logs/node%2n-%N.log" --open-mode=append "${task[@]}"
 code=$?
 
-case $code in
-0) echo "$(date '+%F %T') finished." ;;
-75)
+again() { # what happened
+    local state
     state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2)
     if [ "$state" != RUNNING ]; then # Slurm is ending it: scancel, or the limit itself
-        echo "$(date '+%F %T') left early, ended by Slurm: submit the same command again to go on."
+        say "$1, ended by Slurm: submit the same command again to go on."
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "$(date '+%F %T') left early: job $SLURM_JOB_ID is queued again, to go on from its newest checkpoint."
+        say "$1: job $SLURM_JOB_ID is queued again, to go on from its newest checkpoint."
     else
-        echo "$(date '+%F %T') left early, and could not be queued again: submit the same command to go on."
+        say "$1, and could not be queued again: submit the same command to go on."
+    fi
+}
+failures=$logs/failures # one line for each in a row
+case $code in
+0) say "finished." ;;
+2) say "failed with exit code 2: see $logs/." ;;
+75) rm -f "$failures" && again "left early" ;;
+*)
+    say "failed with exit code $code: see $logs/." | tee -a "$failures"
+    if [ "$(wc -l <"$failures")" -le "$MAX_RESTARTS" ]; then
+        again "failed"
+    else
+        say "failed $((MAX_RESTARTS + 1)) times in a row: mend that, and submit the same command to go on."
     fi
     ;;
-*) echo "$(date '+%F %T') failed with exit code $code: see $logs/." ;;
 esac
 exit $code

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -121,13 +122,18 @@ class Slurm:
     def start_node(self, node: str) -> None:
         self._daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
 
+    def tasks(self, node: str) -> list[int]:
+        """The processes of jobs on a node."""
+        return _processes_of(node, self.folder)[1]
+
     def kill_node(self, node: str) -> None:
         """End everything that runs on a node at once, as a failure of its power does: slurmd, steps and their tasks."""
         daemon = self.daemons.pop(f"slurmd-{node}", None)
         if daemon:
             daemon.kill()
             daemon.wait()
-        for process in _processes_of(node, self.folder):
+        daemons, tasks = _processes_of(node, self.folder)
+        for process in daemons + tasks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
@@ -150,16 +156,17 @@ class Slurm:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    """Below those that the kernel gives to anyone who asks: a node that comes back needs its own again."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(25_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            ports += [port] if port not in ports else []
     return ports
 
 
-def _processes_of(node: str, folder: Path) -> list[int]:
+def _processes_of(node: str, folder: Path) -> tuple[list[int], list[int]]:
     """Step daemons of a node, known by the log that they hold open, then what they started, known by its variables."""
     daemons, tasks = [], []
     log, name, configuration = folder / f"slurmd-{node}.log", f"SLURMD_NODENAME={node}", f"SLURM_CONF={folder}"
@@ -170,4 +177,4 @@ def _processes_of(node: str, folder: Path) -> list[int]:
                 tasks.append(int(process.name))
             elif any(os.readlink(link) == str(log) for link in (process / "fd").iterdir()):
                 daemons.append(int(process.name))
-    return daemons + tasks
+    return daemons, tasks

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,8 +61,8 @@ class Job:
 
 
 def test_a_job_leaves_ahead_of_its_limit_is_requeued_and_goes_on_bit_for_bit(slurm, long_run, undisturbed, tmp_path):
-    """Slurm sends the signal up to 30 s early and looks every 30 s: here between 30 and 60 seconds after the start."""
-    job = Job(slurm, tmp_path, long_run, "--time=2", "--signal=USR1@60")
+    """Slurm sends the signal up to 30 s early and looks every 30 s: here between 60 and 90 seconds after the start."""
+    job = Job(slurm, tmp_path, long_run, "--time=3", "--signal=USR1@90")
     job.wait(lambda: "start 2: 2 nodes" in job.output, "the requeue")
     assert "left early: job" in job.output and int(slurm.job(job.number)["Restarts"]) == 1
     left_after = int(re.search(r"left on SIGUSR1 after step ([\d,]+)", job.node_outputs[0])[1].replace(",", ""))
@@ -90,6 +91,28 @@ def test_a_job_whose_node_dies_goes_on_bit_for_bit(node, slurm, long_run, undist
     assert len(job.node_outputs) == 2
     ours = losses(job.run)
     assert ours == undisturbed(len(ours))
+
+
+def test_a_job_with_a_killed_task_goes_on_bit_for_bit(slurm, long_run, undisturbed, tmp_path):
+    job = Job(slurm, tmp_path, long_run, "--time=30")
+    job.wait(lambda: len(losses(job.run)) >= 30, "30 steps")
+    for task in slurm.tasks("n2"):
+        os.kill(task, signal.SIGKILL)
+    job.wait(lambda: "start 2: 2 nodes" in job.output, "the requeue")
+    reached = len(losses(job.run))
+    job.wait(lambda: len(losses(job.run)) >= reached + 10, "10 steps more")
+    job.cancel()
+    assert "failed with exit code 137" in job.output and "failed: job" in job.output
+    assert re.search(r"resuming: step-\d+", job.node_outputs[0])
+    ours = losses(job.run)
+    assert ours == undisturbed(len(ours))
+
+
+def test_a_job_that_fails_again_and_again_stops(slurm, long_run, tmp_path):
+    job = Job(slurm, tmp_path, long_run, "--time=30", PYTHON="false", MAX_RESTARTS="1")
+    slurm.wait_for(lambda: job.state == "FAILED", "the end of it", 120)
+    assert job.output.count("failed with exit code 1: see") == 2 and "start 3" not in job.output
+    assert "failed 2 times in a row" in job.output
 
 
 def test_what_cannot_be_is_refused_in_the_log(slurm, long_run, tmp_path):
