@@ -31,13 +31,13 @@ class Config:
     """One row of the table: rows of a chunk, and how each kernel is launched."""
 
     chunk: int = 64
-    block_scores: Launch = field(default_factory=lambda: Launch(tile=32, registers=168))
-    chunk_scores: Launch = field(default_factory=lambda: Launch(tile=64))
+    block_scores: Launch = field(default_factory=lambda: Launch(warps=1, tile=16))
+    chunk_scores: Launch = field(default_factory=lambda: Launch(warps=8, tile=64))
     forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
-    chunk_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
-    block_gradients: Launch = field(default_factory=lambda: Launch(tile=32))
+    chunk_gradients: Launch = field(default_factory=lambda: Launch(warps=8, stages=2))
+    block_gradients: Launch = field(default_factory=lambda: Launch(warps=1, tile=16))
 
     def flat(self) -> list[int]:
         """As integers, which operators take; no bound on registers is 0."""

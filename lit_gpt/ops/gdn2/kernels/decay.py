@@ -22,8 +22,28 @@ because no token counts for less than 2^-28 there: 4e-9, less than what fp32 res
 and a power of two changes no rounding, so what a row gives depends on no row after it.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+
+
+@functools.cache
+def span_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The span matrices M [6, 16, 16] of a block: head, tail, then the levels 8, 4, 2, 1."""
+    i, s = torch.arange(16)[:, None], torch.arange(16)[None]
+    spans = [s <= i, s > i]
+    for h in (8, 4, 2, 1):
+        odd, start = (i // h) % 2 == 1, i // h * h
+        spans.append(torch.where(odd, (s >= start) & (s <= i), (s > i) & (s < start + h)))
+    return torch.stack(spans).to(device, dtype)
+
+
+@functools.cache
+def span_table_transposed(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Their transposes."""
+    return span_table(dtype, device).transpose(1, 2).contiguous()
 
 @triton.jit
 def log_decay(x, a_log, bias, lower_bound, GATE: tl.constexpr):
@@ -124,7 +144,22 @@ def leaf_factors(row, col, hi, lo):
 
 
 @triton.jit
-def span_sum(span, x, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + M^T x, what the factors' gradients x [L, 16, BK] add to dg; `span` is M transposed."""
-    M = tl.broadcast_to(tl.where(span, 1.0, 0.0).to(DOT), (x.shape[0], 16, 16))
-    return tl.dot(M, x.to(DOT), acc, input_precision=PRECISION)
+def load_span(spans, m, L: tl.constexpr):
+    """Matrix m of a table of spans, for each of L blocks: [L, 16, 16]."""
+    i = tl.arange(0, 16)
+    block = tl.arange(0, L)[:, None, None]
+    return tl.load(spans + m * 256 + i[None, :, None] * 16 + i[None, None, :] + 0 * block)
+
+
+@triton.jit
+def span_factor_transposed(spans_transposed, m, hi, lo):
+    """exp2((M_m x)^T) of transposed blocks x^T = hi + lo [L, BK, 16]."""
+    M = load_span(spans_transposed, m, hi.shape[0])
+    return tl.exp2(tl.dot(lo, M, tl.dot(hi, M)))
+
+
+@triton.jit
+def span_sum_transposed(spans, m, x, acc, PRECISION: tl.constexpr):
+    """acc + (M_m^T x)^T, what the factors' gradients x^T [L, BK, 16] add to dg; the table is of the dots' type."""
+    M = load_span(spans, m, x.shape[0])
+    return tl.dot(x.to(M.dtype), M, acc, input_precision=PRECISION)

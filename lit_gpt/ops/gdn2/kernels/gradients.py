@@ -18,8 +18,7 @@ and Wth the couples' parts of Wq and Wt:
 
     P = Wqh Yq     N = Wth Ye        odd rows: dq += P, de += N     even rows: dk += P + N
 
-block_gradients_kernel, one program per (tile of K, chunk, value head), is the rest, on blocks [C / 16, 16, BK] as in
-block_scores_kernel: from Qb, Eb, Kb back to q, e, k, and the scores within blocks, level by level with factors f:
+block_gradients_kernel, one program per (tile of K, L blocks of 16 rows, value head), is the rest, within blocks: from Qb, Eb, Kb back to q, e, k, and the scores within blocks, level by level with factors f:
 
     P = Wqh Yq     N = Wth Ye        odd rows: dq += f P, de += f N     even rows: dk += f (P + N)
     every row: f df = Yq P + Ye N
@@ -35,11 +34,10 @@ from .decay import (
     chunk_decay,
     gate,
     gate_backward,
-    level_span,
     log_decay,
     log_decay_backward,
-    span_factor,
-    span_sum,
+    span_factor_transposed,
+    span_sum_transposed,
     split_log2,
 )
 
@@ -191,32 +189,37 @@ def chunk_gradients_kernel(
 
 @triton.jit
 def block_gradients_kernel(
-    q, k, b, g, A_log, dt_bias, dQb, dEb, dKb, dX, Wq, Wt, row_sums, row_scales, chunk_start, chunk_rows,
+    q, k, b, g, A_log, dt_bias, dQb, dEb, dKb, dX, Wq, Wt, row_sums, row_scales, spans, spans_transposed,
+    chunk_start, chunk_rows,
     dq, dk, db, dg, dA_log, dbias,
     scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    L: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K], and what prepare.py and the kernels above wrote of each chunk. Writes
-    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, KP / BK], dbias [chunks, HV, KP]."""
-    L: tl.constexpr = C // 16
-    tile, n, hv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, C / 16 / L, KP / BK],
+    dbias [chunks, HV, C / 16 / L, KP]."""
+    PARTS: tl.constexpr = C // 16 // L
+    tile, n, part, hv = tl.program_id(0), tl.program_id(1) // PARTS, tl.program_id(1) % PARTS, tl.program_id(2)
     start = tl.load(chunk_start + n).to(tl.int64)
     rows = tl.load(chunk_rows + n)
-    if rows == 0:
+    if part * L * 16 >= rows:
         return
     h = hv // (HV // H)
     base = n.to(tl.int64) * HV + hv
+    # Tiles are [L, BK, 16], channel by row: what a product leaves in the registers of a warp is then what the next
+    # one takes.
     r = tl.arange(0, 16)
-    block, row, col = tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
-    i, d = block * 16 + row, tile * BK + tl.arange(0, BK)[None, None, :]
+    block, row, col = part * L + tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
+    i, d = block * 16 + col, tile * BK + tl.arange(0, BK)[None, :, None]
     mask = (i < rows) & (d < K)
     first, first_hv = (start * H + h) * K, (start * HV + hv) * K
     at, at_hv = i * (H * K) + d, i * (HV * K) + d
     local = base * C * KP + i * KP + d
     row_scales += base * 2 * C
     row_sums += base * 3 * C
-    square = base * C * C + i * C + block * 16 + col
+    square = base * C * C + (block * 16 + row) * C + i
 
     # Everything is asked for before anything is waited for.
     gs = tl.load(g + first_hv + at_hv, mask, 0.0)
@@ -225,7 +228,7 @@ def block_gradients_kernel(
     dqs, des, dks = tl.load(dQb + local), tl.load(dEb + local), tl.load(dKb + local)
     wq, wt = tl.load(Wq + square), tl.load(Wt + square)
     q_scale, k_scale = tl.load(row_scales + i), tl.load(row_scales + C + i)
-    dgs = tl.zeros([L, 16, BK], tl.float32) + tl.load(dX + base * L * KP + block * KP + d)
+    dgs = tl.zeros([L, BK, 16], tl.float32) + tl.load(dX + base * (C // 16) * KP + block * KP + d)
     a_log, bias = 0.0, 0.0
     if GATE:
         a_log = tl.load(A_log + hv).to(tl.float32)
@@ -234,25 +237,25 @@ def block_gradients_kernel(
     hi, lo = split_log2(tl.where(mask, log_decay(gs.to(tl.float32), a_log, bias, lower_bound, GATE), 0.0))
     qs, ks = q_raw.to(tl.float32) * q_scale, k_raw.to(tl.float32) * k_scale
     es = ks * gate(b_raw, B_RANGE).to(tl.float32)
-    f = span_factor(col <= row, hi, lo)
+    f = span_factor_transposed(spans_transposed, 0, hi, lo)
     dqs, des = f * dqs.to(tl.float32), f * des.to(tl.float32)
-    dgs = span_sum(col >= row, qs * dqs + es * des, dgs, DOT, PRECISION)
-    f = span_factor(col > row, hi, lo)
+    dgs = span_sum_transposed(spans, 0, qs * dqs + es * des, dgs, PRECISION)
+    f = span_factor_transposed(spans_transposed, 1, hi, lo)
     dks = f * dks.to(tl.float32)
-    dgs = span_sum(col < row, ks * dks, dgs, DOT, PRECISION)
+    dgs = span_sum_transposed(spans, 1, ks * dks, dgs, PRECISION)
     for level in tl.static_range(4):
-        f = span_factor(level_span(row, col, 8 >> level), hi, lo)
-        odd = (row & (8 >> level)) != 0
+        f = span_factor_transposed(spans_transposed, 2 + level, hi, lo)
+        odd = (col & (8 >> level)) != 0
         couple = ((row ^ col) & -(8 >> level)) == (8 >> level)
-        kf = ks * f
-        yq, ye = tl.where(odd, qs * f, kf), tl.where(odd, es * f, kf)
-        P = tl.dot(tl.where(couple, wq, 0.0), yq.to(DOT), input_precision=PRECISION)
-        N = tl.dot(tl.where(couple, wt, 0.0), ye.to(DOT), input_precision=PRECISION)
-        dgs = span_sum(level_span(col, row, 8 >> level), yq * P + ye * N, dgs, DOT, PRECISION)
-        P, N = f * P, f * N
-        dqs += tl.where(odd, P, 0.0)
-        des += tl.where(odd, N, 0.0)
-        dks += tl.where(odd, 0.0, P + N)
+        f_odd, f_even = tl.where(odd, f, 0.0), tl.where(odd, 0.0, f)
+        yk = ks * f_even
+        yq, ye = qs * f_odd + yk, es * f_odd + yk
+        P = tl.dot(yq.to(DOT), tl.where(couple, wq, 0.0), input_precision=PRECISION)
+        N = tl.dot(ye.to(DOT), tl.where(couple, wt, 0.0), input_precision=PRECISION)
+        dgs = span_sum_transposed(spans, 2 + level, yq * P + ye * N, dgs, PRECISION)
+        dqs += P * f_odd
+        des += N * f_odd
+        dks += (P + N) * f_even
 
     diagonal, q_dq, k_dk = tl.load(row_sums + i), 0.0, 0.0
     if L2NORM:
@@ -268,7 +271,8 @@ def block_gradients_kernel(
     tl.store(dk + first_hv + at_hv, (dks * k_scale).to(dk.dtype.element_ty), mask)
     if GATE:
         dgs, da = log_decay_backward(gs.to(tl.float32), a_log, bias, lower_bound, tl.where(mask, dgs, 0.0), GATE)
+        base = base * PARTS + part
         tl.store(dA_log + base * (KP // BK) + tile, tl.sum(tl.where(mask, da, 0.0)))
-        columns = tl.sum(tl.sum(tl.where(mask, dgs, 0.0), 1), 0)
+        columns = tl.sum(tl.sum(tl.where(mask, dgs, 0.0), 2), 0)
         tl.store(dbias + base * KP + tile * BK + tl.arange(0, BK), columns)
     tl.store(dg + first_hv + at_hv, dgs.to(dg.dtype.element_ty), mask)

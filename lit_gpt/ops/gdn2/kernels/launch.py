@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .config import TILE, Config, Launch
+from .decay import span_table, span_table_transposed
 from .gradients import block_gradients_kernel, chunk_gradients_kernel, score_gradients_kernel
 from .prepare import block_scores_kernel, chunk_scores_kernel
 from .scan import backward_scan_kernel, forward_scan_kernel
@@ -148,11 +149,12 @@ def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options) 
     Qb, Eb, Kb, Qg, Eg, Kt = (new((chunks, HV, C, KP)) for _ in range(6))
     A, Aqk = (new((chunks, HV, C, C)) for _ in range(2))
     inverses = exact((chunks, HV, C, 16))
+    L = min(options.config.block_scores.warps, C // 16)
     decays, row_scales = exact((chunks, HV, C // 16, KP)), exact((chunks, HV, 2, C))
     _launch(
-        block_scores_kernel, (chunks, HV), options.config.block_scores, const,
+        block_scores_kernel, (chunks * (C // 16 // L), HV), options.config.block_scores, const,
         q, k, b, g, A_log, dt_bias, at.start, at.rows, Qb, Eb, Kb, decays, Aqk, inverses, row_scales,
-        options.scale, options.lower_bound,
+        options.scale, options.lower_bound, L=L,
     )  # fmt: skip
     _launch(
         chunk_scores_kernel, (chunks, HV), options.config.chunk_scores, const,
@@ -217,18 +219,20 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
     dq, dk = (b.new_empty(b.shape, dtype=x.dtype if HV == H else torch.float32) for x in (q, k))
     db, dg = torch.empty_like(b), torch.empty_like(g)
     dA_log = dbias = None
-    tiles = KP // options.config.block_gradients.tile
-    if options.gate:  # one sum per program; spare chunks leave theirs at zero
-        dA_log = q.new_zeros((chunks, HV, tiles), dtype=torch.float32)
-        dbias = q.new_zeros((chunks, HV, KP), dtype=torch.float32)
+    tiles, L = KP // options.config.block_gradients.tile, min(options.config.block_gradients.warps, C // 16)
+    parts = C // 16 // L
+    if options.gate:  # one sum per program; programs without rows leave theirs at zero
+        dA_log = q.new_zeros((chunks, HV, parts, tiles), dtype=torch.float32)
+        dbias = q.new_zeros((chunks, HV, parts, KP), dtype=torch.float32)
     _launch(
-        block_gradients_kernel, (tiles, chunks, HV), options.config.block_gradients, const,
-        q, k, b, g, A_log, dt_bias, dQb, dEb, dKb, dX, Wq, Wt, row_sums, row_scales, at.start, at.rows,
-        dq, dk, db, dg, dA_log, dbias, options.scale, options.lower_bound,
+        block_gradients_kernel, (tiles, chunks * parts, HV), options.config.block_gradients, const,
+        q, k, b, g, A_log, dt_bias, dQb, dEb, dKb, dX, Wq, Wt, row_sums, row_scales,
+        span_table(options.dot, q.device), span_table_transposed(torch.float16, q.device), at.start, at.rows,
+        dq, dk, db, dg, dA_log, dbias, options.scale, options.lower_bound, L=L,
     )  # fmt: skip
     if HV != H:
         dq, dk = (d.view(-1, H, HV // H, K).sum(2).to(x.dtype) for d, x in ((dq, q), (dk, k)))
     if options.gate:
-        dA_log = dA_log.sum((0, 2)).to(A_log.dtype)
-        dbias = dbias.sum(0)[:, :K].to(dt_bias.dtype)
+        dA_log = dA_log.sum((0, 2, 3)).to(A_log.dtype)
+        dbias = dbias.sum((0, 2))[:, :K].to(dt_bias.dtype)
     return dq, dk, dv, dg, db, dw, dA_log, dbias, dinitial_state

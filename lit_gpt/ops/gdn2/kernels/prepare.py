@@ -24,14 +24,15 @@ def block_scores_kernel(
     Qb, Eb, Kb, decays, Aqk, D, row_scales,
     scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    L: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K]. Writes Qb, Eb, Kb [chunks, HV, C, KP] of q, e, k as they come, not yet
     normed; the blocks' decays [chunks, HV, C / 16, KP] fp32; the blocks on the diagonal of Aqk [chunks, HV, C, C]; the
     inverses D [chunks, HV, C / 16, 16, 16] fp32 of those of I + T; and row_scales [chunks, HV, 2, C]: scale / norm of q,
     1 / norm of k."""
-    L: tl.constexpr = C // 16
-    n, hv = tl.program_id(0), tl.program_id(1)
+    PARTS: tl.constexpr = C // 16 // L
+    n, part, hv = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     h = hv // (HV // H)
     start = tl.load(chunk_start + n).to(tl.int64)
     rows = tl.load(chunk_rows + n)
@@ -45,10 +46,10 @@ def block_scores_kernel(
     Qb += base * C * KP
     Eb += base * C * KP
     Kb += base * C * KP
-    decays += base * L * KP
+    decays += base * (C // 16) * KP
     row_scales += base * 2 * C
-    i, r = tl.arange(0, C), tl.arange(0, 16)
-    block, row, col = tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
+    i, r = part * L * 16 + tl.arange(0, L * 16), tl.arange(0, 16)
+    block, row, col = part * L + tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
     S, T = tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32)
     S_leaf, T_leaf = tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32)
     qq, kk, qk = tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32)
@@ -101,7 +102,7 @@ def block_scores_kernel(
         k_scale = tl.rsqrt(tl.sum(tl.where(row == col, kk, 0.0), 2) + 1e-6)
     else:
         q_scale, k_scale = tl.full([L, 16], 1.0, tl.float32) * scale, tl.full([L, 16], 1.0, tl.float32)
-    i = tl.arange(0, L)[:, None] * 16 + r[None, :]
+    i = i.reshape(L, 16)
     tl.store(row_scales + i, q_scale)
     tl.store(row_scales + C + i, k_scale)
     S = tl.where(row == col, qk, S) * q_scale[:, :, None] * k_scale[:, None, :]
