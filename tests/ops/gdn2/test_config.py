@@ -74,4 +74,4 @@ def test_fits(dot, K, capability, monkeypatch):
     gate = {"use_gate_in_kernel": True, "A_log": torch.zeros(1), "dt_bias": torch.zeros(K)}
     o, state = op.chunk_gdn2_fused(*leaves, output_final_state=True, use_qk_l2norm_in_kernel=True, **gate)
     torch.autograd.backward([o, state], [torch.zeros_like(o), torch.zeros_like(state)])
-    assert {"forward_scan_kernel", "backward_scan_kernel", "block_gradients_kernel"} < set(fitted)
+    assert {"forward_scan_kernel", "backward_scan_kernel", "input_gradients_kernel"} < set(fitted)

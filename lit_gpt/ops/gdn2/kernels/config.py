@@ -31,13 +31,13 @@ class Config:
     """One row of the table: rows of a chunk, and how each kernel is launched."""
 
     chunk: int = 64
-    block_scores: Launch = field(default_factory=lambda: Launch(warps=1, tile=16))
-    chunk_scores: Launch = field(default_factory=lambda: Launch(warps=8, tile=64))
+    block_scores: Launch = field(default_factory=lambda: Launch(warps=1, stages=2, tile=32))
+    chunk_scores: Launch = field(default_factory=lambda: Launch(tile=64))
     forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
-    chunk_gradients: Launch = field(default_factory=lambda: Launch(warps=8, stages=2))
-    block_gradients: Launch = field(default_factory=lambda: Launch(warps=1, tile=16))
+    state_gradients: Launch = field(default_factory=lambda: Launch(stages=2, registers=168))
+    input_gradients: Launch = field(default_factory=lambda: Launch(warps=2, tile=32))
 
     def flat(self) -> list[int]:
         """As integers, which operators take; no bound on registers is 0."""
@@ -74,7 +74,7 @@ def config_for(dot: torch.dtype, KP: int, capability: tuple[int, int]) -> Config
             f"Use {instead}heads of at most 128."
         )
     hopper = room >= 227
-    flat = dict.fromkeys(("score_gradients", "chunk_gradients"), Launch())
+    flat = dict.fromkeys(("score_gradients", "state_gradients"), Launch())
     scan = Launch(warps=8 if wide else 4)
     if half:
         if hopper:

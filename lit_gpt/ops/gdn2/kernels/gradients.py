@@ -5,22 +5,23 @@ score_gradients_kernel, one program per (chunk, value head), from do, dz, R:
     dAqk = tril(do R^T)      dT = -stril(dz R^T)
 
 stored as symmetric matrices Wq, Wt (the lower triangle mirrored, the diagonal left out), the diagonal of dAqk apart.
-For the L2 norms it adds the
-two row sums that take out what points along q and k:  sum_K q dq = sum_V o do,   sum_K k dk = sum_V dz (2 R - w v).
+For the L2 norms it adds the two row sums that take out what points along q and k:
 
-chunk_gradients_kernel, one program per (tile of K, chunk, value head), S before and dS' after the chunk:
+    sum_K q dq = sum_V o do      sum_K k dk = sum_V dz (2 R - w v)
+
+state_gradients_kernel, one program per (tile of K, chunk, value head), S before and dS' after the chunk:
 
     dQg = do S^T      dEg = -dz S^T      dKt = R dS'^T
 
-and from there back to Qb, Eb, Kb of prepare.py, through the decays of whole blocks and the scores between blocks. Those
-of level h (couples of blocks of h rows), rows decayed as there (Yq: q in odd blocks, k in even ones; Ye: e and k), Wqh
-and Wth the couples' parts of Wq and Wt:
+and what reaches dg of a whole half at once: through the chunk's decay, through the heads of the later half, through
+the tails of the earlier half.
 
-    P = Wqh Yq     N = Wth Ye        odd rows: dq += P, de += N     even rows: dk += P + N
+input_gradients_kernel, one program per (tile of K, half of a chunk, value head), goes on from there as prepare.py came,
+backwards: across the halves, across the blocks of the half, from a block's ends to its rows, and within blocks level by
+level. Each step has a factor f per row and channel, and takes rows decayed by it, q and e in the later part, k in the
+earlier one (Yq: q or k, Ye: e or k), and those of Wq and Wt that belong to it:
 
-block_gradients_kernel, one program per (tile of K, L blocks of 16 rows, value head), is the rest, within blocks: from Qb, Eb, Kb back to q, e, k, and the scores within blocks, level by level with factors f:
-
-    P = Wqh Yq     N = Wth Ye        odd rows: dq += f P, de += f N     even rows: dk += f (P + N)
+    P = Wq Yq     N = Wt Ye     later rows: dq += f P, de += f N     earlier rows: dk += f (P + N)
     every row: f df = Yq P + Ye N
 
 dg sums f df of every factor over its span (decay.py). Then db = k de, dk += b de, and the chain through the L2 norm
@@ -100,16 +101,15 @@ def score_gradients_kernel(
 
 
 @triton.jit
-def chunk_gradients_kernel(
-    do, dZ, R, S, dS, Qb, Eb, Kb, decays, row_scales, Wq, Wt, chunk_start, chunk_rows,
-    dQb, dEb, dKb, dX,
+def state_gradients_kernel(
+    do, dZ, R, S, dS, Qg, Eg, Kt, decays, chunk_start, chunk_rows,
+    dQg, dEg, dKt, dg_halves,
     HV: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Reads do [T, HV, V] and, per chunk, dZ, R, S, dS, Qb, Eb, Kb, decays, row_scales, Wq, Wt. Writes dQb, dEb, dKb
-    [chunks, HV, C, KP], of q, e, k normed and scaled, and dX [chunks, HV, C / 16, KP] fp32: what reaches dg of all rows
-    of a block at once."""
-    L: tl.constexpr = C // 16
+    """Reads do [T, HV, V] and, per chunk, dZ, R, S, dS, Qg, Eg, Kt, decays. Writes dQg, dEg, dKt [chunks, HV, C, KP]
+    and dg_halves [chunks, HV, 2, KP] fp32."""
     tile, n, hv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(chunk_start + n).to(tl.int64)
     rows = tl.load(chunk_rows + n)
@@ -121,8 +121,6 @@ def chunk_gradients_kernel(
     R += base * C * VP
     S += base * KP * VP
     dS += base * KP * VP
-    decays += base * L * KP
-    row_scales += base * 2 * C
     i, d = tl.arange(0, C), tile * BK + tl.arange(0, BK)
     dq, de, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
     S_dS = tl.zeros([BK], tl.float32)
@@ -133,102 +131,78 @@ def chunk_gradients_kernel(
         dz, r = tl.load(dZ + local), tl.load(R + local)
         s0, ds1 = tl.load(S + d[:, None] * VP + c[None, :]), tl.load(dS + d[:, None] * VP + c[None, :])
         dq = tl.dot(dout, tl.trans(s0), dq, input_precision=PRECISION)
-        de = tl.dot((-dz).to(DOT), tl.trans(s0), de, input_precision=PRECISION)
+        de = tl.dot(dz, tl.trans(s0), de, input_precision=PRECISION)
         dk = tl.dot(r, tl.trans(ds1), dk, input_precision=PRECISION)
         S_dS += tl.sum(s0.to(tl.float32) * ds1.to(tl.float32), 1)
-
-    row, col = i[:, None], i[None, :]
-    block = row // 16
-    odd, later = (block & 1) == 1, block >= C // 32
-    at, square = base * C * KP + row * KP + d[None, :], base * C * C + row * C + col
-    q_scale, k_scale = tl.load(row_scales + i)[:, None], tl.load(row_scales + C + i)[:, None]
-    qs, ks = tl.load(Qb + at).to(tl.float32) * q_scale, tl.load(Kb + at).to(tl.float32) * k_scale
-    es = tl.load(Eb + at).to(tl.float32) * k_scale
-    blocks = tl.arange(0, L)[:, None]
-    dx = (chunk_decay(decays + d, KP, L) * S_dS)[None, :] + tl.zeros([L, BK], tl.float32)
-    pair = tl.load(decays + (block ^ 1) * KP + d[None, :])  # decays of the other block of a row's couple
-    before, after = tl.where(odd, pair, 1.0), tl.where(odd, 1.0, pair)
-    qs, es, ks = qs * before, es * before, ks * after
-    if WIDE == 2:
-        other = (block & 2) ^ 2  # first block of the other half
-        half = tl.load(decays + other * KP + d[None, :]) * tl.load(decays + (other + 1) * KP + d[None, :])
-        to_head, to_tail = tl.where(later, half, 1.0), tl.where(later, 1.0, half)
-        dq, de, dk = dq * to_head, de * to_head, dk * to_tail
-        heads = tl.sum(tl.where(later, qs * dq + es * de, 0.0), 0)
-        tails = tl.sum(tl.where(later, 0.0, ks * dk), 0)
-        dx += tl.where(blocks < L // 2, heads[None, :], tails[None, :])
-        across = (row // 32) != (col // 32)
-        w = tl.where(across, tl.load(Wq + square), 0.0)
-        P = tl.dot(w, tl.where(later, qs, ks).to(DOT), input_precision=PRECISION)
-        dq += tl.where(later, P, 0.0)
-        dk += tl.where(later, 0.0, P)
-        w = tl.where(across, tl.load(Wt + square), 0.0)
-        P = tl.dot(w, tl.where(later, es, ks).to(DOT), input_precision=PRECISION)
-        de += tl.where(later, P, 0.0)
-        dk += tl.where(later, 0.0, P)
-    x = tl.where(odd, qs * dq + es * de, ks * dk)
-    dx += tl.sum(x.reshape(L, 16, BK), 1)
-    tl.store(dX + base * L * KP + (blocks ^ 1) * KP + d[None, :], dx)
-    dq, de, dk = dq * before, de * before, dk * after
-
-    couple = ((row // 16) ^ (col // 16)) == 1
-    qs, ks = tl.load(Qb + at).to(tl.float32) * q_scale, tl.load(Kb + at).to(tl.float32) * k_scale
-    es = tl.load(Eb + at).to(tl.float32) * k_scale
-    w = tl.where(couple, tl.load(Wq + square), 0.0)
-    P = tl.dot(w, tl.where(odd, qs, ks).to(DOT), input_precision=PRECISION)
-    dq += tl.where(odd, P, 0.0)
-    dk += tl.where(odd, 0.0, P)
-    w = tl.where(couple, tl.load(Wt + square), 0.0)
-    P = tl.dot(w, tl.where(odd, es, ks).to(DOT), input_precision=PRECISION)
-    de += tl.where(odd, P, 0.0)
-    dk += tl.where(odd, 0.0, P)
-    tl.store(dQb + at, dq.to(DOT))
-    tl.store(dEb + at, de.to(DOT))
-    tl.store(dKb + at, dk.to(DOT))
+    first = base * C * KP
+    at = i[:, None] * KP + d[None, :]
+    tl.store(dQg + first + at, dq.to(DOT))
+    tl.store(dEg + first + at, (-de).to(DOT))
+    tl.store(dKt + first + at, dk.to(DOT))
+    later = (i >= C // 2)[:, None]
+    heads = tl.load(Qg + first + at).to(tl.float32) * dq - tl.load(Eg + first + at).to(tl.float32) * de
+    tails = tl.load(Kt + first + at).to(tl.float32) * dk
+    whole = chunk_decay(decays + base * (C // 16) * KP + d, KP, C // 16) * S_dS
+    tl.store(dg_halves + base * 2 * KP + d, whole + tl.sum(tl.where(later, heads, 0.0), 0))
+    tl.store(dg_halves + base * 2 * KP + KP + d, whole + tl.sum(tl.where(later, 0.0, tails), 0))
 
 
 @triton.jit
-def block_gradients_kernel(
-    q, k, b, g, A_log, dt_bias, dQb, dEb, dKb, dX, Wq, Wt, row_sums, row_scales, spans, spans_transposed,
-    chunk_start, chunk_rows,
+def input_gradients_kernel(
+    q, k, b, g, A_log, dt_bias, Qb, Eb, Kb, decays, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, row_scales,
+    spans, spans_transposed, chunk_start, chunk_rows,
     dq, dk, db, dg, dA_log, dbias,
     scale, lower_bound,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    L: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K], and what prepare.py and the kernels above wrote of each chunk. Writes
-    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, C / 16 / L, KP / BK],
-    dbias [chunks, HV, C / 16 / L, KP]."""
-    PARTS: tl.constexpr = C // 16 // L
-    tile, n, part, hv = tl.program_id(0), tl.program_id(1) // PARTS, tl.program_id(1) % PARTS, tl.program_id(2)
+    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, 2, KP / BK], dbias [chunks, HV, 2, KP].
+
+    Tiles are [L, BK, 16], L blocks, channel by row: what a product leaves in the registers of a warp is then what the
+    next one takes."""
+    N: tl.constexpr = C // 2
+    L: tl.constexpr = C // 32
+    tile, n, half, hv = tl.program_id(0), tl.program_id(1) // 2, tl.program_id(1) % 2, tl.program_id(2)
     start = tl.load(chunk_start + n).to(tl.int64)
     rows = tl.load(chunk_rows + n)
-    if part * L * 16 >= rows:
+    if half * N >= rows:
         return
     h = hv // (HV // H)
     base = n.to(tl.int64) * HV + hv
-    # Tiles are [L, BK, 16], channel by row: what a product leaves in the registers of a warp is then what the next
-    # one takes.
-    r = tl.arange(0, 16)
-    block, row, col = part * L + tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
+    Qb += base * C * KP
+    Eb += base * C * KP
+    Kb += base * C * KP
+    decays += base * (C // 16) * KP
+    row_scales += base * 2 * C
+    row_sums += base * 3 * C
+    Wq += base * C * C
+    Wt += base * C * C
+    r, later = tl.arange(0, 16), half == 1
+    block, row, col = half * L + tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
     i, d = block * 16 + col, tile * BK + tl.arange(0, BK)[None, :, None]
     mask = (i < rows) & (d < K)
     first, first_hv = (start * H + h) * K, (start * HV + hv) * K
     at, at_hv = i * (H * K) + d, i * (HV * K) + d
     local = base * C * KP + i * KP + d
-    row_scales += base * 2 * C
-    row_sums += base * 3 * C
-    square = base * C * C + (block * 16 + row) * C + i
 
     # Everything is asked for before anything is waited for.
     gs = tl.load(g + first_hv + at_hv, mask, 0.0)
     q_raw, k_raw = tl.load(q + first + at, mask, 0.0), tl.load(k + first + at, mask, 0.0)
     b_raw = tl.load(b + first_hv + at_hv, mask, 0.0)
-    dqs, des, dks = tl.load(dQb + local), tl.load(dEb + local), tl.load(dKb + local)
-    wq, wt = tl.load(Wq + square), tl.load(Wt + square)
+    dqs, des, dks = tl.load(dQg + local), tl.load(dEg + local), tl.load(dKt + local)
     q_scale, k_scale = tl.load(row_scales + i), tl.load(row_scales + C + i)
-    dgs = tl.zeros([L, BK, 16], tl.float32) + tl.load(dX + base * (C // 16) * KP + block * KP + d)
+    j = (1 - half) * N + tl.arange(0, N)  # rows of the other half
+    j_row, j_col = j[None, :, None], j[None, None, :]
+    if later:
+        yq, ye = tl.load(Kb + j_col * KP + d), tl.load(Kb + j_col * KP + d)
+        yq_scale = tl.load(row_scales + C + j_col)
+    else:
+        yq, ye = tl.load(Qb + j_col * KP + d), tl.load(Eb + j_col * KP + d)
+        yq_scale = tl.load(row_scales + j_col)
+    ye_scale = tl.load(row_scales + C + j_col)
+    wq, wt = tl.load(Wq + j_row * C + i), tl.load(Wt + j_row * C + i)
+    other = tl.load(decays + (1 - half) * L * KP + d)  # decay of the other half
     a_log, bias = 0.0, 0.0
     if GATE:
         a_log = tl.load(A_log + hv).to(tl.float32)
@@ -237,12 +211,50 @@ def block_gradients_kernel(
     hi, lo = split_log2(tl.where(mask, log_decay(gs.to(tl.float32), a_log, bias, lower_bound, GATE), 0.0))
     qs, ks = q_raw.to(tl.float32) * q_scale, k_raw.to(tl.float32) * k_scale
     es = ks * gate(b_raw, B_RANGE).to(tl.float32)
-    f = span_factor_transposed(spans_transposed, 0, hi, lo)
-    dqs, des = f * dqs.to(tl.float32), f * des.to(tl.float32)
+    dqs, des, dks = dqs.to(tl.float32), des.to(tl.float32), dks.to(tl.float32)
+
+    # Across the halves. The other half's rows come decayed to their blocks' ends.
+    if L == 2:
+        other *= tl.load(decays + ((1 - half) * 2 + 1) * KP + d)
+        pair = tl.load(decays + ((j_col // 16) ^ 1) * KP + d)
+        pair = tl.where(((j_col // 16) % 2 == 1) == later, 1.0, pair)
+        yq_scale, ye_scale = yq_scale * pair, ye_scale * pair
+    yq, ye = (yq * yq_scale).to(DOT), (ye * ye_scale).to(DOT)
+    P = tl.dot(tl.broadcast_to(yq, (L, BK, N)), wq, input_precision=PRECISION)
+    R = tl.dot(tl.broadcast_to(ye, (L, BK, N)), wt, input_precision=PRECISION)
+    if later:
+        dqs = dqs * other + P
+        des = des * other + R
+    else:
+        dks = dks * other + (P + R)
+    head = span_factor_transposed(spans_transposed, 0, hi, lo)
+    tail = span_factor_transposed(spans_transposed, 1, hi, lo)
+    dgs = tl.zeros([L, BK, 16], tl.float32) + tl.load(dg_halves + base * 2 * KP + half * KP + d)
+
+    if L == 2:  # across the two blocks
+        second = block % 2 == 1
+        pair = tl.load(decays + (block ^ 1) * KP + d)
+        before, after = tl.where(second, pair, 1.0), tl.where(second, 1.0, pair)
+        dqs, des, dks = dqs * before, des * before, dks * after
+        x = tl.sum(tl.where(second, head * (qs * dqs + es * des), tail * (ks * dks)), 2)
+        b0, b1 = tl.arange(0, 2)[:, None, None], tl.arange(0, 2)[None, :, None]
+        dgs += tl.sum(tl.where(b0 == b1, 0.0, x[None, :, :]), 1)[:, :, None]
+        j = (block ^ 1) * 16
+        yq = tl.load(tl.where(second, Kb, Qb) + (j + col) * KP + d)
+        ye = tl.load(tl.where(second, Kb, Eb) + (j + col) * KP + d)
+        yq = (yq * tl.load(row_scales + tl.where(second, C, 0) + j + col)).to(DOT)
+        ye = (ye * tl.load(row_scales + C + j + col)).to(DOT)
+        P = tl.dot(yq, tl.load(Wq + (j + row) * C + i), input_precision=PRECISION)
+        R = tl.dot(ye, tl.load(Wt + (j + row) * C + i), input_precision=PRECISION)
+        dqs += tl.where(second, P, 0.0)
+        des += tl.where(second, R, 0.0)
+        dks += tl.where(second, 0.0, P + R)
+
+    # From the blocks' ends to their rows.
+    dqs, des, dks = dqs * head, des * head, dks * tail
     dgs = span_sum_transposed(spans, 0, qs * dqs + es * des, dgs, PRECISION)
-    f = span_factor_transposed(spans_transposed, 1, hi, lo)
-    dks = f * dks.to(tl.float32)
     dgs = span_sum_transposed(spans, 1, ks * dks, dgs, PRECISION)
+    wq, wt = tl.load(Wq + (block * 16 + row) * C + i), tl.load(Wt + (block * 16 + row) * C + i)
     for level in tl.static_range(4):
         f = span_factor_transposed(spans_transposed, 2 + level, hi, lo)
         odd = (col & (8 >> level)) != 0
@@ -251,11 +263,11 @@ def block_gradients_kernel(
         yk = ks * f_even
         yq, ye = qs * f_odd + yk, es * f_odd + yk
         P = tl.dot(yq.to(DOT), tl.where(couple, wq, 0.0), input_precision=PRECISION)
-        N = tl.dot(ye.to(DOT), tl.where(couple, wt, 0.0), input_precision=PRECISION)
-        dgs = span_sum_transposed(spans, 2 + level, yq * P + ye * N, dgs, PRECISION)
+        R = tl.dot(ye.to(DOT), tl.where(couple, wt, 0.0), input_precision=PRECISION)
+        dgs = span_sum_transposed(spans, 2 + level, yq * P + ye * R, dgs, PRECISION)
         dqs += P * f_odd
-        des += N * f_odd
-        dks += (P + N) * f_even
+        des += R * f_odd
+        dks += (P + R) * f_even
 
     diagonal, q_dq, k_dk = tl.load(row_sums + i), 0.0, 0.0
     if L2NORM:
@@ -271,8 +283,7 @@ def block_gradients_kernel(
     tl.store(dk + first_hv + at_hv, (dks * k_scale).to(dk.dtype.element_ty), mask)
     if GATE:
         dgs, da = log_decay_backward(gs.to(tl.float32), a_log, bias, lower_bound, tl.where(mask, dgs, 0.0), GATE)
-        base = base * PARTS + part
-        tl.store(dA_log + base * (KP // BK) + tile, tl.sum(tl.where(mask, da, 0.0)))
+        tl.store(dA_log + (base * 2 + half) * (KP // BK) + tile, tl.sum(tl.where(mask, da, 0.0)))
         columns = tl.sum(tl.sum(tl.where(mask, dgs, 0.0), 2), 0)
-        tl.store(dbias + base * KP + tile * BK + tl.arange(0, BK), columns)
+        tl.store(dbias + (base * 2 + half) * KP + tile * BK + tl.arange(0, BK), columns)
     tl.store(dg + first_hv + at_hv, dgs.to(dg.dtype.element_ty), mask)

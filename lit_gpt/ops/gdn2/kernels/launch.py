@@ -1,6 +1,6 @@
 """What chunk_gdn2 launches, forward and backward, over an index of the chunks.
 
-Three launches forward (block scores, chunk scores, forward scan), four backward (backward scan, score, chunk and block
+Three launches forward (block scores, chunk scores, forward scan), four backward (backward scan, score, state and input
 gradients).
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .config import TILE, Config, Launch
 from .decay import span_table, span_table_transposed
-from .gradients import block_gradients_kernel, chunk_gradients_kernel, score_gradients_kernel
+from .gradients import input_gradients_kernel, score_gradients_kernel, state_gradients_kernel
 from .prepare import block_scores_kernel, chunk_scores_kernel
 from .scan import backward_scan_kernel, forward_scan_kernel
 
@@ -109,7 +109,6 @@ class Options:
             "VP": padded(V),
             "BV": TILE,
             "C": self.config.chunk,
-            "WIDE": self.config.chunk.bit_length() - 5,
             "L2NORM": self.l2norm,
             "GATE": self.gate,
             "B_RANGE": self.b_range,
@@ -206,12 +205,11 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
         o, do, v, w, dZ, R, at.start, at.rows, Wq, Wt, row_sums,
     )  # fmt: skip
 
-    dQb, dEb, dKb = (new((chunks, HV, C, KP)) for _ in range(3))
-    dX = exact((chunks, HV, C // 16, KP))
-    tiles = KP // options.config.chunk_gradients.tile
+    dQg, dEg, dKt = (new((chunks, HV, C, KP)) for _ in range(3))
+    dg_halves = exact((chunks, HV, 2, KP))
     _launch(
-        chunk_gradients_kernel, (tiles, chunks, HV), options.config.chunk_gradients, const,
-        do, dZ, R, S, dS, Qb, Eb, Kb, decays, row_scales, Wq, Wt, at.start, at.rows, dQb, dEb, dKb, dX,
+        state_gradients_kernel, (KP // TILE, chunks, HV), options.config.state_gradients, const,
+        do, dZ, R, S, dS, Qg, Eg, Kt, decays, at.start, at.rows, dQg, dEg, dKt, dg_halves, BK=TILE,
     )  # fmt: skip
     del dZ, dS
 
@@ -219,16 +217,15 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
     dq, dk = (b.new_empty(b.shape, dtype=x.dtype if HV == H else torch.float32) for x in (q, k))
     db, dg = torch.empty_like(b), torch.empty_like(g)
     dA_log = dbias = None
-    tiles, L = KP // options.config.block_gradients.tile, min(options.config.block_gradients.warps, C // 16)
-    parts = C // 16 // L
+    tiles = KP // options.config.input_gradients.tile
     if options.gate:  # one sum per program; programs without rows leave theirs at zero
-        dA_log = q.new_zeros((chunks, HV, parts, tiles), dtype=torch.float32)
-        dbias = q.new_zeros((chunks, HV, parts, KP), dtype=torch.float32)
+        dA_log = q.new_zeros((chunks, HV, 2, tiles), dtype=torch.float32)
+        dbias = q.new_zeros((chunks, HV, 2, KP), dtype=torch.float32)
     _launch(
-        block_gradients_kernel, (tiles, chunks * parts, HV), options.config.block_gradients, const,
-        q, k, b, g, A_log, dt_bias, dQb, dEb, dKb, dX, Wq, Wt, row_sums, row_scales,
+        input_gradients_kernel, (tiles, 2 * chunks, HV), options.config.input_gradients, const,
+        q, k, b, g, A_log, dt_bias, Qb, Eb, Kb, decays, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, row_scales,
         span_table(options.dot, q.device), span_table_transposed(torch.float16, q.device), at.start, at.rows,
-        dq, dk, db, dg, dA_log, dbias, options.scale, options.lower_bound, L=L,
+        dq, dk, db, dg, dA_log, dbias, options.scale, options.lower_bound,
     )  # fmt: skip
     if HV != H:
         dq, dk = (d.view(-1, H, HV // H, K).sum(2).to(x.dtype) for d, x in ((dq, q), (dk, k)))

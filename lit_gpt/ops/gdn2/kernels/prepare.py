@@ -7,9 +7,9 @@ With e = b * k and decay(i, j) the decays of rows j+1..i multiplied:
 
 block_scores_kernel does what lies within blocks of 16 rows, as products of blocks [C / 16, 16, BK]: a warp holds its
 block in registers from factor to product. It leaves q, e, k decayed to their block's ends (Qb, Eb, Kb) and the decay of
-each block. chunk_scores_kernel, which needs no exponentials any more, does the rest: the scores between blocks come
-level by level, each level one product and a mask, and the inverse doubles its blocks in the same order, D_2h = D_h - D_h
-T_h D_h with T_h the part of T at level h.
+each block. chunk_scores_kernel, which needs no exponentials any more, does the rest: the scores between the blocks of a
+half, then those between the halves. The inverse doubles its blocks in the same order, D_2h = D_h - D_h T_h D_h with T_h
+what is new of T.
 """
 
 import triton
@@ -119,55 +119,76 @@ def block_scores_kernel(
 def chunk_scores_kernel(
     Qb, Eb, Kb, decays, D, row_scales, chunk_rows,
     Qg, Eg, Kt, A, Aqk,
-    HV: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HV: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Reads what block_scores_kernel wrote. Writes Qg, Eg, Kt [chunks, HV, C, KP], A and the rest of Aqk
-    [chunks, HV, C, C]."""
+    [chunks, HV, C, C]. Tiles are the two halves of a chunk, N rows each, of one or two blocks."""
+    N: tl.constexpr = C // 2
+    PAIRS: tl.constexpr = N == 32
     n, hv = tl.program_id(0), tl.program_id(1)
     if tl.load(chunk_rows + n) == 0:
         return
     base = n.to(tl.int64) * HV + hv
-    tiles = base * C * KP
+    Qb += base * C * KP
+    Eb += base * C * KP
+    Kb += base * C * KP
+    Qg += base * C * KP
+    Eg += base * C * KP
+    Kt += base * C * KP
     decays += base * (C // 16) * KP
     row_scales += base * 2 * C
-    i = tl.arange(0, C)
-    row, col = i[:, None], i[None, :]
-    block = row // 16
-    odd, later = (block & 1) == 1, block >= C // 32
-    q_scale, k_scale = tl.load(row_scales + i)[:, None], tl.load(row_scales + C + i)[:, None]
-    S, T = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    S_wide, T_wide = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for s in range(0, KP, BK):
-        d = s + tl.arange(0, BK)[None, :]
-        at = tiles + row * KP + d
+    A += base * C * C
+    Aqk += base * C * C
+    r = tl.arange(0, N)
+    half, row, col = tl.arange(0, 2)[:, None, None], r[None, :, None], r[None, None, :]
+    i, block = half * N + row, (half * N + row) // 16
+    q_scale, k_scale = tl.load(row_scales + i), tl.load(row_scales + C + i)
+    S, T = tl.zeros([2, N, N], tl.float32), tl.zeros([2, N, N], tl.float32)
+    S_across, T_across = tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32)
+    for s in tl.range(0, KP, BK, num_stages=STAGES):
+        d = s + tl.arange(0, BK)
+        at = i * KP + d[None, None, :]
         qb, eb, kb = tl.load(Qb + at), tl.load(Eb + at), tl.load(Kb + at)
-        S = tl.dot(qb, tl.trans(kb), S, input_precision=PRECISION)
-        T = tl.dot(eb, tl.trans(kb), T, input_precision=PRECISION)
-        pair = tl.load(decays + (block ^ 1) * KP + d)  # decays of the other block of a row's couple
-        before, after = tl.where(odd, pair, 1.0), tl.where(odd, 1.0, pair)
-        qs, es, ks = qb.to(tl.float32) * before, eb.to(tl.float32) * before, kb.to(tl.float32) * after
-        if WIDE == 2:
-            y = tl.trans(ks.to(DOT))
-            S_wide = tl.dot(qs.to(DOT), y, S_wide, input_precision=PRECISION)
-            T_wide = tl.dot(es.to(DOT), y, T_wide, input_precision=PRECISION)
-            other = (block & 2) ^ 2  # first block of the other half
-            pair = tl.load(decays + other * KP + d) * tl.load(decays + (other + 1) * KP + d)
-            before, after = tl.where(later, pair, 1.0), tl.where(later, 1.0, pair)
+        first = r[:, None] * KP + d[None, :]
+        q2, e2, k1 = tl.load(Qb + N * KP + first), tl.load(Eb + N * KP + first), tl.load(Kb + first)
+        qs, es, ks = qb.to(tl.float32), eb.to(tl.float32), kb.to(tl.float32)
+        if PAIRS:
+            y = tl.permute(kb, (0, 2, 1))
+            S = tl.dot(qb, y, S, input_precision=PRECISION)
+            T = tl.dot(eb, y, T, input_precision=PRECISION)
+            pair = tl.load(decays + (block ^ 1) * KP + d[None, None, :])  # decays of the other block of a row's half
+            before, after = tl.where((block & 1) == 1, pair, 1.0), tl.where((block & 1) == 1, 1.0, pair)
             qs, es, ks = qs * before, es * before, ks * after
-        tl.store(Qg + at, (qs * q_scale).to(DOT))
-        tl.store(Eg + at, (es * k_scale).to(DOT))
-        tl.store(Kt + at, (ks * k_scale).to(DOT))
+            before = tl.where(r[:, None] >= 16, tl.load(decays + 2 * KP + d)[None, :], 1.0)
+            after = tl.where(r[:, None] >= 16, 1.0, tl.load(decays + KP + d)[None, :])
+            q2, e2, k1 = (q2 * before).to(DOT), (e2 * before).to(DOT), (k1 * after).to(DOT)
+        S_across = tl.dot(q2, tl.trans(k1), S_across, input_precision=PRECISION)
+        T_across = tl.dot(e2, tl.trans(k1), T_across, input_precision=PRECISION)
+        other = tl.load(decays + (1 - half) * (N // 16) * KP + d[None, None, :])  # decay of the other half
+        if PAIRS:
+            other *= tl.load(decays + ((1 - half) * 2 + 1) * KP + d[None, None, :])
+        before, after = tl.where(half == 1, other, 1.0), tl.where(half == 1, 1.0, other)
+        tl.store(Qg + at, (qs * (before * q_scale)).to(DOT))
+        tl.store(Eg + at, (es * (before * k_scale)).to(DOT))
+        tl.store(Kt + at, (ks * (after * k_scale)).to(DOT))
 
-    across = tl.load(row_scales + C + i)[None, :]
-    S, T = tl.where(coupled(row, col, 16), S, 0.0), tl.where(coupled(row, col, 16), T, 0.0)
-    if WIDE == 2:
-        S, T = tl.where(coupled(row, col, 32), S_wide, S), tl.where(coupled(row, col, 32), T_wide, T)
-    square = row * C + col
-    tl.store(Aqk + base * C * C + square, (S * q_scale * across).to(DOT), row // 16 != col // 16)
-    T *= k_scale * across
-    inverse = tl.load(D + base * C * 16 + row * 16 + col % 16, (row // 16) == (col // 16), 0.0)
-    for level in tl.static_range(WIDE):
-        Th = tl.where(coupled(row, col, 16 << level), T, 0.0)
-        inverse -= tl.dot(tl.dot(inverse, Th, input_precision=PRECISION), inverse, input_precision=PRECISION)
-    tl.store(A + base * C * C + square, inverse.to(DOT))
+    square, across = i * C + half * N + col, (N + r[:, None]) * C + r[None, :]
+    inverse = tl.load(D + base * C * 16 + i * 16 + col % 16, row // 16 == col // 16, 0.0)
+    if PAIRS:
+        k_scales, pairs = tl.load(row_scales + C + half * N + col), coupled(row, col, 16)
+        S = tl.where(pairs, S * q_scale * k_scales, 0.0)
+        tl.store(Aqk + square, S.to(DOT), row // 16 != col // 16)
+        T = tl.where(pairs, T * k_scale * k_scales, 0.0)
+        inverse -= tl.dot(tl.dot(inverse, T, input_precision=PRECISION), inverse, input_precision=PRECISION)
+    tl.store(A + square, inverse.to(DOT))
+    k_scales = tl.load(row_scales + C + r)[None, :]
+    S_across *= tl.load(row_scales + N + r)[:, None] * k_scales
+    T_across *= tl.load(row_scales + C + N + r)[:, None] * k_scales
+    tl.store(Aqk + across, S_across.to(DOT))
+    first, second = tl.sum(tl.where(half == 0, inverse, 0.0), 0), tl.sum(tl.where(half == 1, inverse, 0.0), 0)
+    below = tl.dot(tl.dot(second, T_across, input_precision=PRECISION), first, input_precision=PRECISION)
+    tl.store(A + across, (-below).to(DOT))
+    above, zero = r[:, None] * C + N + r[None, :], tl.zeros([N, N], DOT)
+    tl.store(A + above, zero)
+    tl.store(Aqk + above, zero)
