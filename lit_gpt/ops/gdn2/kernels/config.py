@@ -32,12 +32,12 @@ class Config:
 
     chunk: int = 64
     block_scores: Launch = field(default_factory=lambda: Launch(warps=1, stages=2, tile=32))
-    chunk_scores: Launch = field(default_factory=lambda: Launch(tile=64))
+    chunk_scores: Launch = field(default_factory=lambda: Launch(warps=2, tile=64))
     forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
     state_gradients: Launch = field(default_factory=lambda: Launch(stages=2, registers=168))
-    input_gradients: Launch = field(default_factory=lambda: Launch(warps=2, tile=32))
+    input_gradients: Launch = field(default_factory=lambda: Launch(stages=3))
 
     def flat(self) -> list[int]:
         """As integers, which operators take; no bound on registers is 0."""

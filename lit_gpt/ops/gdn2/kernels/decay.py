@@ -1,16 +1,16 @@
 """Decay factors of a chunk, for every log-decay from 0 to -inf.
 
 Every factor the chunk algorithm needs is a product of alpha = exp(g) over a span of rows, so it is at most 1. Within a
-block of 16 rows we write its exponent as a sum over the span and let the tensor cores add it up: with x = g log2(e) and
-a 0/1 matrix M [16, 16] whose row i marks the span that row i needs,
+block of N rows (16 forward, half a chunk backward) we write its exponent as a sum over the span and let the tensor
+cores add it up: with x = g log2(e) and a 0/1 matrix M [N, N] whose row i marks the span that row i needs,
 
     factor = exp2(M x)        and, going back,        dg = M^T (factor * dfactor)
 
 Nothing is subtracted, so nothing cancels and nothing overflows. The spans of a block:
 
     head   i: rows 0..i                  from the block's start through i
-    tail   j: rows j+1..15               after j to the block's end
-    level  h = 8, 4, 2, 1: sub-blocks of h rows, taken in couples (even, odd)
+    tail   j: rows j+1..N-1              after j to the block's end
+    level  h = N/2, N/4, ... 1: sub-blocks of h rows, taken in couples (even, odd)
            i in the odd one, p its first row: rows p..i; j in the even one: rows j+1..p-1
 
 A pair of rows i > j of one block falls into exactly one couple of exactly one level, and its decay is the product of
@@ -30,20 +30,23 @@ import triton.language as tl
 
 
 @functools.cache
-def span_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The span matrices M [6, 16, 16] of a block: head, tail, then the levels 8, 4, 2, 1."""
-    i, s = torch.arange(16)[:, None], torch.arange(16)[None]
+def span_table(N: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The span matrices M [2 + log2 N, N, N] of N rows: head, tail, then the levels N/2 ... 1."""
+    i, s = torch.arange(N)[:, None], torch.arange(N)[None]
     spans = [s <= i, s > i]
-    for h in (8, 4, 2, 1):
+    h = N // 2
+    while h:
         odd, start = (i // h) % 2 == 1, i // h * h
         spans.append(torch.where(odd, (s >= start) & (s <= i), (s > i) & (s < start + h)))
+        h //= 2
     return torch.stack(spans).to(device, dtype)
 
 
 @functools.cache
-def span_table_transposed(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def span_table_transposed(N: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Their transposes."""
-    return span_table(dtype, device).transpose(1, 2).contiguous()
+    return span_table(N, dtype, device).transpose(1, 2).contiguous()
+
 
 @triton.jit
 def log_decay(x, a_log, bias, lower_bound, GATE: tl.constexpr):
@@ -144,22 +147,17 @@ def leaf_factors(row, col, hi, lo):
 
 
 @triton.jit
-def load_span(spans, m, L: tl.constexpr):
-    """Matrix m of a table of spans, for each of L blocks: [L, 16, 16]."""
-    i = tl.arange(0, 16)
-    block = tl.arange(0, L)[:, None, None]
-    return tl.load(spans + m * 256 + i[None, :, None] * 16 + i[None, None, :] + 0 * block)
-
-
-@triton.jit
-def span_factor_transposed(spans_transposed, m, hi, lo):
-    """exp2((M_m x)^T) of transposed blocks x^T = hi + lo [L, BK, 16]."""
-    M = load_span(spans_transposed, m, hi.shape[0])
+def span_factor_transposed(spans, m, hi, lo, N: tl.constexpr):
+    """exp2(M_m x) as a tile [BK, N], channel by row; x = hi + lo [BK, N] fp16, spans [.., N, N] fp16."""
+    i = tl.arange(0, N)
+    M = tl.trans(tl.load(spans + m * N * N + i[:, None] * N + i[None, :]))
     return tl.exp2(tl.dot(lo, M, tl.dot(hi, M)))
 
 
 @triton.jit
-def span_sum_transposed(spans, m, x, acc, PRECISION: tl.constexpr):
-    """acc + (M_m^T x)^T, what the factors' gradients x^T [L, BK, 16] add to dg; the table is of the dots' type."""
-    M = load_span(spans, m, x.shape[0])
+def span_sum_transposed(spans_transposed, m, x, acc, N: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + M_m^T x, what the factors' gradients x add to dg, as tiles [BK, N]; spans_transposed [.., N, N] of the dots'
+    type."""
+    i = tl.arange(0, N)
+    M = tl.trans(tl.load(spans_transposed + m * N * N + i[:, None] * N + i[None, :]))
     return tl.dot(x.to(M.dtype), M, acc, input_precision=PRECISION)

@@ -16,13 +16,13 @@ state_gradients_kernel, one program per (tile of K, chunk, value head), S before
 and what reaches dg of a whole half at once: through the chunk's decay, through the heads of the later half, through
 the tails of the earlier half.
 
-input_gradients_kernel, one program per (tile of K, half of a chunk, value head), goes on from there as prepare.py came,
-backwards: across the halves, across the blocks of the half, from a block's ends to its rows, and within blocks level by
-level. Each step has a factor f per row and channel, and takes rows decayed by it, q and e in the later part, k in the
-earlier one (Yq: q or k, Ye: e or k), and those of Wq and Wt that belong to it:
+input_gradients_kernel, one program per (tile of K and half of a chunk, value head), tiles [BK, N], channel by row: the
+rest, across the halves and, within a half, from its ends to its rows and level by level. Each step has a factor f, and
+takes rows decayed by it, q and e in the later part (odd blocks), k in the earlier (even ones) (Yq: q or k, Ye: e or k),
+and those of Wq and Wt that belong to it:
 
-    P = Wq Yq     N = Wt Ye     later rows: dq += f P, de += f N     earlier rows: dk += f (P + N)
-    every row: f df = Yq P + Ye N
+    P = Yq Wq     R = Ye Wt     later rows: dq += f P, de += f R     earlier rows: dk += f (P + R)
+    every row: f df = Yq P + Ye R
 
 dg sums f df of every factor over its span (decay.py). Then db = k de, dk += b de, and the chain through the L2 norm
 and the gate.
@@ -149,7 +149,7 @@ def state_gradients_kernel(
 
 @triton.jit
 def input_gradients_kernel(
-    q, k, b, g, A_log, dt_bias, Qb, Eb, Kb, decays, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, row_scales,
+    q, k, b, g, A_log, dt_bias, across, decays, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, row_scales,
     spans, spans_transposed, chunk_start, chunk_rows,
     dq, dk, db, dg, dA_log, dbias,
     scale, lower_bound,
@@ -157,133 +157,111 @@ def input_gradients_kernel(
     L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K], and what prepare.py and the kernels above wrote of each chunk. Writes
-    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, 2, KP / BK], dbias [chunks, HV, 2, KP].
-
-    Tiles are [L, BK, 16], L blocks, channel by row: what a product leaves in the registers of a warp is then what the
-    next one takes."""
+    dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, 2, KP / BK], dbias [chunks, HV, 2,
+    KP]."""
     N: tl.constexpr = C // 2
-    L: tl.constexpr = C // 32
-    tile, n, half, hv = tl.program_id(0), tl.program_id(1) // 2, tl.program_id(1) % 2, tl.program_id(2)
+    LEVELS: tl.constexpr = 5 if N == 32 else 4
+    tile, half, n, hv = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1), tl.program_id(2)
     start = tl.load(chunk_start + n).to(tl.int64)
     rows = tl.load(chunk_rows + n)
     if half * N >= rows:
         return
     h = hv // (HV // H)
     base = n.to(tl.int64) * HV + hv
-    Qb += base * C * KP
-    Eb += base * C * KP
-    Kb += base * C * KP
-    decays += base * (C // 16) * KP
-    row_scales += base * 2 * C
-    row_sums += base * 3 * C
-    Wq += base * C * C
-    Wt += base * C * C
-    r, later = tl.arange(0, 16), half == 1
-    block, row, col = half * L + tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
-    i, d = block * 16 + col, tile * BK + tl.arange(0, BK)[None, :, None]
-    mask = (i < rows) & (d < K)
-    first, first_hv = (start * H + h) * K, (start * HV + hv) * K
-    at, at_hv = i * (H * K) + d, i * (HV * K) + d
-    local = base * C * KP + i * KP + d
+    own, other = half * N, N - half * N
+    i, d = tl.arange(0, N), (tile * BK + tl.arange(0, BK))[:, None]
+    row, col = i[:, None], i[None, :]
+    mask = (own + col < rows) & (d < K)
+    at, at_hv, local = d + col * (H * K), d + col * (HV * K), d + col * KP
+    q += ((start + own) * H + h) * K
+    k += ((start + own) * H + h) * K
+    b += ((start + own) * HV + hv) * K
+    g += ((start + own) * HV + hv) * K
+    row_scales += base * 2 * C + i
+    row_sums += base * 3 * C + own
+    across += base * 3 * N * KP
+    decays += (base * 2 + 1 - half) * (N // 16) * KP + d
+    square = base * C * C + own * C + row * C + col
+    at_kp = base * C * KP + own * KP + local
 
-    # Everything is asked for before anything is waited for.
-    gs = tl.load(g + first_hv + at_hv, mask, 0.0)
-    q_raw, k_raw = tl.load(q + first + at, mask, 0.0), tl.load(k + first + at, mask, 0.0)
-    b_raw = tl.load(b + first_hv + at_hv, mask, 0.0)
-    dqs, des, dks = tl.load(dQg + local), tl.load(dEg + local), tl.load(dKt + local)
-    q_scale, k_scale = tl.load(row_scales + i), tl.load(row_scales + C + i)
-    j = (1 - half) * N + tl.arange(0, N)  # rows of the other half
-    j_row, j_col = j[None, :, None], j[None, None, :]
-    if later:
-        yq, ye = tl.load(Kb + j_col * KP + d), tl.load(Kb + j_col * KP + d)
-        yq_scale = tl.load(row_scales + C + j_col)
-    else:
-        yq, ye = tl.load(Qb + j_col * KP + d), tl.load(Eb + j_col * KP + d)
-        yq_scale = tl.load(row_scales + j_col)
-    ye_scale = tl.load(row_scales + C + j_col)
-    wq, wt = tl.load(Wq + j_row * C + i), tl.load(Wt + j_row * C + i)
-    other = tl.load(decays + (1 - half) * L * KP + d)  # decay of the other half
+    # Everything is asked for before anything is waited for. A row of the later half meets k of the earlier; one of the
+    # earlier half q and e of the later.
+    gs, b_raw = tl.load(g + at_hv, mask, 0.0), tl.load(b + at_hv, mask, 0.0)
+    q_raw, k_raw = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0)
+    dQ_raw, dE_raw, dK_raw = tl.load(dQg + at_kp), tl.load(dEg + at_kp), tl.load(dKt + at_kp)
+    q_across = tl.load(across + (1 - half) * N * KP + local)
+    e_across = tl.load(across + 2 * (1 - half) * N * KP + local)
+    wq_across, wt_across = tl.load(Wq + other + square), tl.load(Wt + other + square)
+    q_scale, k_scale = tl.load(row_scales + own)[None, :], tl.load(row_scales + C + own)[None, :]
+    other_decay = chunk_decay(decays, KP, N // 16)
+    dgs = tl.zeros([BK, N], tl.float32) + tl.load(dg_halves + base * 2 * KP + half * KP + d)
     a_log, bias = 0.0, 0.0
     if GATE:
         a_log = tl.load(A_log + hv).to(tl.float32)
         bias = tl.load(dt_bias + hv * K + d, d < K, 0.0).to(tl.float32)
 
+    P = tl.dot(q_across, tl.trans(wq_across), input_precision=PRECISION)
+    R = tl.dot(e_across, tl.trans(wt_across), input_precision=PRECISION)
+    dqs, des, dks = dQ_raw.to(tl.float32), dE_raw.to(tl.float32), dK_raw.to(tl.float32)
+    if half == 1:
+        dqs = dqs * other_decay + P
+        des = des * other_decay + R
+    else:
+        dks = dks * other_decay + (P + R)
     hi, lo = split_log2(tl.where(mask, log_decay(gs.to(tl.float32), a_log, bias, lower_bound, GATE), 0.0))
     qs, ks = q_raw.to(tl.float32) * q_scale, k_raw.to(tl.float32) * k_scale
     es = ks * gate(b_raw, B_RANGE).to(tl.float32)
-    dqs, des, dks = dqs.to(tl.float32), des.to(tl.float32), dks.to(tl.float32)
+    f = span_factor_transposed(spans, 0, hi, lo, N)
+    dqs, des = dqs * f, des * f
+    dgs = span_sum_transposed(spans_transposed, 0, qs * dqs + es * des, dgs, N, PRECISION)
+    f = span_factor_transposed(spans, 1, hi, lo, N)
+    dks = dks * f
+    dgs = span_sum_transposed(spans_transposed, 1, ks * dks, dgs, N, PRECISION)
 
-    # Across the halves. The other half's rows come decayed to their blocks' ends.
-    if L == 2:
-        other *= tl.load(decays + ((1 - half) * 2 + 1) * KP + d)
-        pair = tl.load(decays + ((j_col // 16) ^ 1) * KP + d)
-        pair = tl.where(((j_col // 16) % 2 == 1) == later, 1.0, pair)
-        yq_scale, ye_scale = yq_scale * pair, ye_scale * pair
-    yq, ye = (yq * yq_scale).to(DOT), (ye * ye_scale).to(DOT)
-    P = tl.dot(tl.broadcast_to(yq, (L, BK, N)), wq, input_precision=PRECISION)
-    R = tl.dot(tl.broadcast_to(ye, (L, BK, N)), wt, input_precision=PRECISION)
-    if later:
-        dqs = dqs * other + P
-        des = des * other + R
-    else:
-        dks = dks * other + (P + R)
-    head = span_factor_transposed(spans_transposed, 0, hi, lo)
-    tail = span_factor_transposed(spans_transposed, 1, hi, lo)
-    dgs = tl.zeros([L, BK, 16], tl.float32) + tl.load(dg_halves + base * 2 * KP + half * KP + d)
-
-    if L == 2:  # across the two blocks
-        second = block % 2 == 1
-        pair = tl.load(decays + (block ^ 1) * KP + d)
-        before, after = tl.where(second, pair, 1.0), tl.where(second, 1.0, pair)
-        dqs, des, dks = dqs * before, des * before, dks * after
-        x = tl.sum(tl.where(second, head * (qs * dqs + es * des), tail * (ks * dks)), 2)
-        b0, b1 = tl.arange(0, 2)[:, None, None], tl.arange(0, 2)[None, :, None]
-        dgs += tl.sum(tl.where(b0 == b1, 0.0, x[None, :, :]), 1)[:, :, None]
-        j = (block ^ 1) * 16
-        yq = tl.load(tl.where(second, Kb, Qb) + (j + col) * KP + d)
-        ye = tl.load(tl.where(second, Kb, Eb) + (j + col) * KP + d)
-        yq = (yq * tl.load(row_scales + tl.where(second, C, 0) + j + col)).to(DOT)
-        ye = (ye * tl.load(row_scales + C + j + col)).to(DOT)
-        P = tl.dot(yq, tl.load(Wq + (j + row) * C + i), input_precision=PRECISION)
-        R = tl.dot(ye, tl.load(Wt + (j + row) * C + i), input_precision=PRECISION)
-        dqs += tl.where(second, P, 0.0)
-        des += tl.where(second, R, 0.0)
-        dks += tl.where(second, 0.0, P + R)
-
-    # From the blocks' ends to their rows.
-    dqs, des, dks = dqs * head, des * head, dks * tail
-    dgs = span_sum_transposed(spans, 0, qs * dqs + es * des, dgs, PRECISION)
-    dgs = span_sum_transposed(spans, 1, ks * dks, dgs, PRECISION)
-    wq, wt = tl.load(Wq + (block * 16 + row) * C + i), tl.load(Wt + (block * 16 + row) * C + i)
-    for level in tl.static_range(4):
-        f = span_factor_transposed(spans_transposed, 2 + level, hi, lo)
-        odd = (col & (8 >> level)) != 0
-        couple = ((row ^ col) & -(8 >> level)) == (8 >> level)
+    Wq += own + square
+    Wt += own + square
+    for level in range(LEVELS):
+        block = N >> (level + 1)
+        f = span_factor_transposed(spans, 2 + level, hi, lo, N)
+        odd = (col & block) != 0
+        couple = ((row ^ col) & -block) == block
+        wq = tl.where(couple, tl.load(Wq), 0.0)
+        wt = tl.where(couple, tl.load(Wt), 0.0)
         f_odd, f_even = tl.where(odd, f, 0.0), tl.where(odd, 0.0, f)
-        yk = ks * f_even
-        yq, ye = qs * f_odd + yk, es * f_odd + yk
-        P = tl.dot(yq.to(DOT), tl.where(couple, wq, 0.0), input_precision=PRECISION)
-        R = tl.dot(ye.to(DOT), tl.where(couple, wt, 0.0), input_precision=PRECISION)
-        dgs = span_sum_transposed(spans, 2 + level, yq * P + ye * R, dgs, PRECISION)
+        kf = ks * f_even
+        yq, ye = qs * f_odd + kf, es * f_odd + kf
+        P = tl.dot(yq.to(DOT), tl.trans(wq), input_precision=PRECISION)
+        R = tl.dot(ye.to(DOT), tl.trans(wt), input_precision=PRECISION)
+        dgs = span_sum_transposed(spans_transposed, 2 + level, yq * P + ye * R, dgs, N, PRECISION)
         dqs += P * f_odd
         des += R * f_odd
         dks += (P + R) * f_even
 
-    diagonal, q_dq, k_dk = tl.load(row_sums + i), 0.0, 0.0
+    # Loaded anew rather than kept: registers are what this kernel is short of.
+    tl.debug_barrier()
+    db += ((start + own) * HV + hv) * K
+    dq += ((start + own) * HV + hv) * K
+    dk += ((start + own) * HV + hv) * K
+    dg += ((start + own) * HV + hv) * K
+    q_raw, k_raw, b_raw = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0), tl.load(b + at_hv, mask, 0.0)
+    q_scale, k_scale = tl.load(row_scales + own)[None, :], tl.load(row_scales + C + own)[None, :]
+    diagonal, q_dq, k_dk = tl.load(row_sums + i)[None, :], 0.0, 0.0
     if L2NORM:
-        q_dq, k_dk = tl.load(row_sums + C + i), tl.load(row_sums + 2 * C + i)
+        q_dq, k_dk = tl.load(row_sums + C + i)[None, :], tl.load(row_sums + 2 * C + i)[None, :]
+    qs = q_raw.to(tl.float32) * q_scale
+    ks = k_raw.to(tl.float32) * k_scale
     bs = gate(b_raw, B_RANGE).to(tl.float32)
-    tl.store(db + first_hv + at_hv, gate_backward(bs, des * ks, B_RANGE).to(db.dtype.element_ty), mask)
+    tl.store(db + at_hv, gate_backward(bs, des * ks, B_RANGE).to(db.dtype.element_ty), mask)
     dks += diagonal * qs + des * bs
     dqs += diagonal * ks
     if L2NORM:  # what points along q and k changes nothing
         dqs -= qs * (q_dq / (scale * scale))
         dks -= ks * k_dk
-    tl.store(dq + first_hv + at_hv, (dqs * q_scale).to(dq.dtype.element_ty), mask)
-    tl.store(dk + first_hv + at_hv, (dks * k_scale).to(dk.dtype.element_ty), mask)
+    tl.store(dq + at_hv, (dqs * q_scale).to(dq.dtype.element_ty), mask)
+    tl.store(dk + at_hv, (dks * k_scale).to(dk.dtype.element_ty), mask)
     if GATE:
-        dgs, da = log_decay_backward(gs.to(tl.float32), a_log, bias, lower_bound, tl.where(mask, dgs, 0.0), GATE)
-        tl.store(dA_log + (base * 2 + half) * (KP // BK) + tile, tl.sum(tl.where(mask, da, 0.0)))
-        columns = tl.sum(tl.sum(tl.where(mask, dgs, 0.0), 2), 0)
-        tl.store(dbias + (base * 2 + half) * KP + tile * BK + tl.arange(0, BK), columns)
-    tl.store(dg + first_hv + at_hv, dgs.to(dg.dtype.element_ty), mask)
+        x = tl.load(g + at_hv, mask, 0.0).to(tl.float32)
+        dgs, da = log_decay_backward(x, a_log, bias, lower_bound, tl.where(mask, dgs, 0.0), GATE)
+        tl.store(dA_log + (base * 2 + half) * (KP // BK) + tile, tl.sum(tl.sum(tl.where(mask, da, 0.0), 1), 0))
+        tl.store(dbias + (base * 2 + half) * KP + d, tl.sum(tl.where(mask, dgs, 0.0), 1)[:, None])
+    tl.store(dg + at_hv, dgs.to(dg.dtype.element_ty), mask)

@@ -128,9 +128,7 @@ def _launch(kernel, grid: tuple, launch: Launch, constants: dict, *tensors, **mo
 class Scores(NamedTuple):
     """What prepare.py makes of the chunks; shapes there."""
 
-    Qb: torch.Tensor
-    Eb: torch.Tensor
-    Kb: torch.Tensor
+    across: torch.Tensor
     decays: torch.Tensor
     row_scales: torch.Tensor
     Qg: torch.Tensor
@@ -140,13 +138,15 @@ class Scores(NamedTuple):
     Aqk: torch.Tensor
 
 
-def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options) -> Scores:
-    """Everything of the chunks that does not need the state."""
+def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options, keep: bool) -> Scores:
+    """Everything of the chunks that does not need the state; `keep`: also what only the backward pass needs, `across`,
+    which is left empty otherwise."""
     KP, C, at = const["KP"], const["C"], options.chunks
     chunks = len(at.start)
     new, exact = functools.partial(q.new_empty, dtype=options.dot), functools.partial(q.new_empty, dtype=torch.float32)
     Qb, Eb, Kb, Qg, Eg, Kt = (new((chunks, HV, C, KP)) for _ in range(6))
     A, Aqk = (new((chunks, HV, C, C)) for _ in range(2))
+    across = new((chunks, HV, 3, C // 2, KP) if keep else 0)
     inverses = exact((chunks, HV, C, 16))
     L = min(options.config.block_scores.warps, C // 16)
     decays, row_scales = exact((chunks, HV, C // 16, KP)), exact((chunks, HV, 2, C))
@@ -157,9 +157,9 @@ def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options) 
     )  # fmt: skip
     _launch(
         chunk_scores_kernel, (chunks, HV), options.config.chunk_scores, const,
-        Qb, Eb, Kb, decays, inverses, row_scales, at.rows, Qg, Eg, Kt, A, Aqk,
+        Qb, Eb, Kb, decays, inverses, row_scales, at.rows, Qg, Eg, Kt, A, Aqk, across, KEEP=keep,
     )  # fmt: skip
-    return Scores(Qb, Eb, Kb, decays, row_scales, Qg, Eg, Kt, A, Aqk)
+    return Scores(across, decays, row_scales, Qg, Eg, Kt, A, Aqk)
 
 
 def scan_forward(scores: Scores, v, w, initial_state, const: dict, options: Options, save: bool):
@@ -172,7 +172,7 @@ def scan_forward(scores: Scores, v, w, initial_state, const: dict, options: Opti
     final_state = v.new_empty((sequences, HV, K, V), dtype=torch.float32) if options.output_final_state else None
     S = v.new_empty((chunks, HV, KP, VP), dtype=options.dot) if save else None
     R = v.new_empty((chunks, HV, C, VP), dtype=options.dot) if save else None
-    decays, (Qg, Eg, Kt, A, Aqk) = scores.decays, scores[5:]
+    decays, (Qg, Eg, Kt, A, Aqk) = scores.decays, scores[3:]
     _launch(
         forward_scan_kernel, (VP // TILE, sequences * HV), options.config.forward_scan, const,
         Qg, Eg, Kt, A, Aqk, decays, v, w, initial_state, at.seqlens, at.first, o, final_state, S, R,
@@ -187,7 +187,7 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
     at = options.chunks
     chunks, sequences = len(at.start), len(at.seqlens) - 1
     new, exact = functools.partial(q.new_empty, dtype=options.dot), functools.partial(q.new_empty, dtype=torch.float32)
-    Qb, Eb, Kb, decays, row_scales, Qg, Eg, Kt, A, Aqk = scores
+    across, decays, row_scales, Qg, Eg, Kt, A, Aqk = scores
 
     dv, dw = torch.empty_like(v), torch.empty_like(w)
     dinitial_state = torch.empty_like(initial_state) if initial_state is not None else None
@@ -222,9 +222,10 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
         dA_log = q.new_zeros((chunks, HV, 2, tiles), dtype=torch.float32)
         dbias = q.new_zeros((chunks, HV, 2, KP), dtype=torch.float32)
     _launch(
-        input_gradients_kernel, (tiles, 2 * chunks, HV), options.config.input_gradients, const,
-        q, k, b, g, A_log, dt_bias, Qb, Eb, Kb, decays, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, row_scales,
-        span_table(options.dot, q.device), span_table_transposed(torch.float16, q.device), at.start, at.rows,
+        input_gradients_kernel, (2 * tiles, chunks, HV), options.config.input_gradients, const,
+        q, k, b, g, A_log, dt_bias, across, decays, dQg, dEg, dKt, dg_halves, Wq, Wt, row_sums, row_scales,
+        span_table(C // 2, torch.float16, q.device), span_table_transposed(C // 2, options.dot, q.device),
+        at.start, at.rows,
         dq, dk, db, dg, dA_log, dbias, options.scale, options.lower_bound,
     )  # fmt: skip
     if HV != H:

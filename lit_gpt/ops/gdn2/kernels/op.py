@@ -74,7 +74,7 @@ def chunk_gdn2_forward(
         recompute, config,
     )  # fmt: skip
     const = options.constants(q, v)
-    scores = prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options)
+    scores = prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options, keep and recompute == "none")
     save = keep and recompute != "all"
     o, final_state, S, R = scan_forward(scores, v, w, initial_state, const, options, save)
     kept = [S, R] if save else []
@@ -99,7 +99,7 @@ def _(
     if keep and recompute != "all":
         kept += [new(KP, VP), new(C, VP)]
     if keep and recompute == "none":
-        kept += [*(new(C, KP) for _ in range(3)), new(C // 16, KP, dtype=torch.float32), new(2, C, dtype=torch.float32)]
+        kept += [new(3, C // 2, KP), new(C // 16, KP, dtype=torch.float32), new(2, C, dtype=torch.float32)]
         kept += [*(new(C, KP) for _ in range(3)), new(C, C), new(C, C)]
     return [v.new_empty(v.shape), final_state, *kept]
 
@@ -138,7 +138,7 @@ def chunk_gdn2_backward(
     )  # fmt: skip
     const = options.constants(q, v)
     S, R, *scores = kept or (None, None)
-    scores = Scores(*scores) if scores else prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options)
+    scores = Scores(*scores) if scores else prepare(q, k, g, b, A_log, dt_bias, v.shape[-2], const, options, True)
     if S is None:
         _, _, S, R = scan_forward(scores, v, w, initial_state, const, options, save=True)
     do = torch.zeros_like(o) if do is None else do.contiguous()

@@ -118,12 +118,15 @@ def block_scores_kernel(
 @triton.jit
 def chunk_scores_kernel(
     Qb, Eb, Kb, decays, D, row_scales, chunk_rows,
-    Qg, Eg, Kt, A, Aqk,
+    Qg, Eg, Kt, A, Aqk, across_out,
     HV: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Reads what block_scores_kernel wrote. Writes Qg, Eg, Kt [chunks, HV, C, KP], A and the rest of Aqk
-    [chunks, HV, C, C]. Tiles are the two halves of a chunk, N rows each, of one or two blocks."""
+    [chunks, HV, C, C]; for the backward pass across_out [chunks, HV, 3, N, KP], what meets across the halves: k of the
+    first, decayed to its end, q and e of the second, decayed from its start.
+
+    Tiles are the two halves of a chunk, N rows each, of one or two blocks."""
     N: tl.constexpr = C // 2
     PAIRS: tl.constexpr = N == 32
     n, hv = tl.program_id(0), tl.program_id(1)
@@ -140,31 +143,42 @@ def chunk_scores_kernel(
     row_scales += base * 2 * C
     A += base * C * C
     Aqk += base * C * C
+    across_out += base * 3 * N * KP
     r = tl.arange(0, N)
     half, row, col = tl.arange(0, 2)[:, None, None], r[None, :, None], r[None, None, :]
-    i, block = half * N + row, (half * N + row) // 16
+    i = half * N + row
+    q2_scale, e2_scale = tl.load(row_scales + N + r)[:, None], tl.load(row_scales + C + N + r)[:, None]
+    k1_scale = tl.load(row_scales + C + r)[:, None]
     q_scale, k_scale = tl.load(row_scales + i), tl.load(row_scales + C + i)
     S, T = tl.zeros([2, N, N], tl.float32), tl.zeros([2, N, N], tl.float32)
     S_across, T_across = tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32)
     for s in tl.range(0, KP, BK, num_stages=STAGES):
         d = s + tl.arange(0, BK)
-        at = i * KP + d[None, None, :]
-        qb, eb, kb = tl.load(Qb + at), tl.load(Eb + at), tl.load(Kb + at)
         first = r[:, None] * KP + d[None, :]
         q2, e2, k1 = tl.load(Qb + N * KP + first), tl.load(Eb + N * KP + first), tl.load(Kb + first)
+        if PAIRS:
+            before = tl.where(r[:, None] >= 16, tl.load(decays + 2 * KP + d)[None, :], 1.0)
+            after = tl.where(r[:, None] >= 16, 1.0, tl.load(decays + KP + d)[None, :])
+            q2, e2, k1 = q2 * before, e2 * before, k1 * after
+        q2, e2, k1 = (q2 * q2_scale).to(DOT), (e2 * e2_scale).to(DOT), (k1 * k1_scale).to(DOT)
+        S_across = tl.dot(q2, tl.trans(k1), S_across, input_precision=PRECISION)
+        T_across = tl.dot(e2, tl.trans(k1), T_across, input_precision=PRECISION)
+        if KEEP:
+            tl.store(across_out + first, k1)
+            tl.store(across_out + N * KP + first, q2)
+            tl.store(across_out + 2 * N * KP + first, e2)
+
+        at = i * KP + d[None, None, :]
+        qb, eb, kb = tl.load(Qb + at), tl.load(Eb + at), tl.load(Kb + at)
         qs, es, ks = qb.to(tl.float32), eb.to(tl.float32), kb.to(tl.float32)
         if PAIRS:
             y = tl.permute(kb, (0, 2, 1))
             S = tl.dot(qb, y, S, input_precision=PRECISION)
             T = tl.dot(eb, y, T, input_precision=PRECISION)
-            pair = tl.load(decays + (block ^ 1) * KP + d[None, None, :])  # decays of the other block of a row's half
-            before, after = tl.where((block & 1) == 1, pair, 1.0), tl.where((block & 1) == 1, 1.0, pair)
+            first_decay = tl.load(decays + half * 2 * KP + d[None, None, :])
+            second_decay = tl.load(decays + (half * 2 + 1) * KP + d[None, None, :])
+            before, after = tl.where(row >= 16, first_decay, 1.0), tl.where(row >= 16, 1.0, second_decay)
             qs, es, ks = qs * before, es * before, ks * after
-            before = tl.where(r[:, None] >= 16, tl.load(decays + 2 * KP + d)[None, :], 1.0)
-            after = tl.where(r[:, None] >= 16, 1.0, tl.load(decays + KP + d)[None, :])
-            q2, e2, k1 = (q2 * before).to(DOT), (e2 * before).to(DOT), (k1 * after).to(DOT)
-        S_across = tl.dot(q2, tl.trans(k1), S_across, input_precision=PRECISION)
-        T_across = tl.dot(e2, tl.trans(k1), T_across, input_precision=PRECISION)
         other = tl.load(decays + (1 - half) * (N // 16) * KP + d[None, None, :])  # decay of the other half
         if PAIRS:
             other *= tl.load(decays + ((1 - half) * 2 + 1) * KP + d[None, None, :])
@@ -182,9 +196,6 @@ def chunk_scores_kernel(
         T = tl.where(pairs, T * k_scale * k_scales, 0.0)
         inverse -= tl.dot(tl.dot(inverse, T, input_precision=PRECISION), inverse, input_precision=PRECISION)
     tl.store(A + square, inverse.to(DOT))
-    k_scales = tl.load(row_scales + C + r)[None, :]
-    S_across *= tl.load(row_scales + N + r)[:, None] * k_scales
-    T_across *= tl.load(row_scales + C + N + r)[:, None] * k_scales
     tl.store(Aqk + across, S_across.to(DOT))
     first, second = tl.sum(tl.where(half == 0, inverse, 0.0), 0), tl.sum(tl.where(half == 1, inverse, 0.0), 0)
     below = tl.dot(tl.dot(second, T_across, input_precision=PRECISION), first, input_precision=PRECISION)
