@@ -121,16 +121,19 @@ def ending_together() -> Iterator[None]:
     code = 0
     try:
         yield
-    except SystemExit as leave:
-        code = leave.code
-    except Exception as error:
-        ending.acquire()  # for good: the watcher leaves the rest to us
-        code = 2 if isinstance(error, UserError) else 1
-        with suppress(RuntimeError):  # the store is gone with a rank that was killed
-            mine = f"{dist.get_rank()} {code}"
-            if store.compare_set(FIRST_ERROR, "", mine).decode() == mine:
-                print(f"error: {error}" if code == 2 else traceback.format_exc(), file=sys.stderr, flush=True)
-        _end(store)
+    except (Exception, SystemExit) as error:
+        code, told = 1, traceback.format_exc()
+        if isinstance(error, UserError):
+            code, told = 2, f"error: {error}"
+        elif isinstance(error, SystemExit):  # 75 is for all ranks; else it is rich, of this rank alone
+            code, told = error.code, "error: nobody reads any more what this run prints. Send it to a file."
+        if code not in (0, EXIT_CODE):
+            ending.acquire()  # for good: the watcher leaves the rest to us
+            with suppress(RuntimeError, OSError):  # the store is gone with a rank that was killed; or stderr
+                mine = f"{dist.get_rank()} {code}"
+                if store.compare_set(FIRST_ERROR, "", mine).decode() == mine:
+                    print(told, file=sys.stderr, flush=True)
+            _end(store)
     done.set()
     watcher.join()
     dist.barrier()  # nobody asks the store any more when its keeper leaves
@@ -161,6 +164,7 @@ def _end(store: dist.Store) -> NoReturn:
 
 def _exit(code: int) -> NoReturn:
     """Leave at once: Python's own end now and then aborts, as gloo's threads still live while it takes itself down."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)

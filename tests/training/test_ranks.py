@@ -63,6 +63,18 @@ def test_ranks_that_wait_for_no_collective_end_too_and_a_bug_shows_its_traceback
     assert time.monotonic() - began < 40
 
 
+def test_a_rank_whose_output_nobody_reads_ends_all():
+    """rich exits then, while the other rank waits for this one."""
+    body = "import rich; rank or time.sleep(1); rank or rich.print('x', flush=True); time.sleep(50)"
+    process = start(body)
+    assert "ready\n" in iter(process.stdout.readline, "")
+    process.stdout.close()
+    began = time.monotonic()
+    code, err = process.wait(60), process.stderr.read()
+    assert code == 1 and err == "error: nobody reads any more what this run prints. Send it to a file.\n"
+    assert time.monotonic() - began < 40
+
+
 def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_all():
     listen = "heard = []; signal.signal(signal.SIGUSR1, lambda *_: heard.append(1)); "
     listen += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]); dist.barrier()\n"
