@@ -170,7 +170,7 @@ def scan_forward(scores: Scores, v, w, initial_state, const: dict, options: Opti
     chunks, sequences = len(at.start), len(at.seqlens) - 1
     o = torch.empty_like(v)
     final_state = v.new_empty((sequences, HV, K, V), dtype=torch.float32) if options.output_final_state else None
-    S = v.new_empty((chunks, HV, KP, VP), dtype=options.dot) if save else None
+    S = v.new_empty((chunks, HV, VP, KP), dtype=options.dot) if save else None
     R = v.new_empty((chunks, HV, C, VP), dtype=options.dot) if save else None
     decays, (Qg, Eg, Kt, A, Aqk) = scores.decays, scores[3:]
     _launch(
@@ -191,7 +191,7 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
 
     dv, dw = torch.empty_like(v), torch.empty_like(w)
     dinitial_state = torch.empty_like(initial_state) if initial_state is not None else None
-    dS, dZ = new((chunks, HV, KP, VP)), new((chunks, HV, C, VP))
+    dS, dZ = new((chunks, HV, VP, KP)), new((chunks, HV, C, VP))
     _launch(
         backward_scan_kernel, (VP // TILE, sequences * HV), options.config.backward_scan, const,
         Qg, Eg, Kt, A, Aqk, decays, v, w, do, dfinal_state, at.seqlens, at.first, dv, dw, dinitial_state, dS, dZ,

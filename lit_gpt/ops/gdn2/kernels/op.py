@@ -2,6 +2,8 @@
 
 The kernels are opaque to torch.compile, which takes each operator as one node of its graph, so that a block compiles
 whole. What the backward pass needs beside the inputs are results of the forward operator, after o and the final state.
+Without torch.compile the same functions run in an autograd function of their own: going through the registration takes
+the host half a millisecond a step, as long as the kernels take the device at small sizes.
 """
 
 from typing import Optional
@@ -39,8 +41,7 @@ def _options(
     )
 
 
-@torch.library.custom_op("lit_gpt::chunk_gdn2", mutates_args=())
-def chunk_gdn2_forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -83,6 +84,9 @@ def chunk_gdn2_forward(
     return [o, q.new_empty(0) if final_state is None else final_state, *kept]
 
 
+chunk_gdn2_forward = torch.library.custom_op("lit_gpt::chunk_gdn2", _forward, mutates_args=())
+
+
 @chunk_gdn2_forward.register_fake
 def _(
     q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, B, scale, output_final_state, l2norm, gate,
@@ -97,15 +101,14 @@ def _(
     new = lambda *shape, dtype=dot: q.new_empty((chunks, HV, *shape), dtype=dtype)
     kept = []
     if keep and recompute != "all":
-        kept += [new(KP, VP), new(C, VP)]
+        kept += [new(VP, KP), new(C, VP)]
     if keep and recompute == "none":
         kept += [new(3, C // 2, KP), new(C // 16, KP, dtype=torch.float32), new(2, C, dtype=torch.float32)]
         kept += [*(new(C, KP) for _ in range(3)), new(C, C), new(C, C)]
     return [v.new_empty(v.shape), final_state, *kept]
 
 
-@torch.library.custom_op("lit_gpt::chunk_gdn2_backward", mutates_args=())
-def chunk_gdn2_backward(
+def _backward(
     do: Optional[Tensor],
     dfinal_state: Optional[Tensor],
     o: Tensor,
@@ -148,6 +151,9 @@ def chunk_gdn2_backward(
     return [grad for grad in grads if grad is not None]
 
 
+chunk_gdn2_backward = torch.library.custom_op("lit_gpt::chunk_gdn2_backward", _backward, mutates_args=())
+
+
 @chunk_gdn2_backward.register_fake
 def _(do, dfinal_state, o, kept, q, k, v, g, b, w, A_log, dt_bias, initial_state, *options):
     inputs = (q, k, v, g, b, w, A_log, dt_bias, initial_state)
@@ -162,17 +168,31 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, o, *kept)
 
 
-def _backward(ctx, grads):
+def _gradients(ctx, grads, backward=chunk_gdn2_backward):
     saved = ctx.saved_tensors  # only once: activation checkpointing computes them anew on the first access
     tensors, (o, *kept) = saved[:10], saved[10:]
     do, dfinal_state, *_ = grads
     if not ctx.options[2]:  # no final state was asked for, so the gradient is of nothing
         dfinal_state = None
-    found = iter(chunk_gdn2_backward(do, dfinal_state, o, kept, *tensors, *ctx.options))
+    found = iter(backward(do, dfinal_state, o, kept, *tensors, *ctx.options))
     return *(None if x is None else next(found) for x in tensors[:9]), None, *[None] * len(ctx.options), None
 
 
-chunk_gdn2_forward.register_autograd(_backward, setup_context=_save)
+chunk_gdn2_forward.register_autograd(_gradients, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its registration."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = tuple(_forward(*inputs))
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _gradients(ctx, grads, _backward)
 
 
 def _check(q, k, v, g, b, w, initial_state, A_log, dt_bias, cu_seqlens, use_gate, lower_bound):
@@ -273,7 +293,8 @@ def chunk_gdn2_fused(
     tensors = [x.reshape(B * T, *x.shape[2:]).contiguous() for x in (q, k, v, g, b, w)]
     tensors += [A_log, dt_bias, initial_state]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    o, final_state, *_ = chunk_gdn2_forward(
+    operator = chunk_gdn2_forward if torch.compiler.is_compiling() else _Eager.apply
+    o, final_state, *_ = operator(
         *tensors, cu_seqlens, B, K**-0.5 if scale is None else float(scale), output_final_state,
         use_qk_l2norm_in_kernel, gate, 0.0 if lower_bound is None else float(lower_bound),
         *(float(limit) for limit in sigmoid_ranges or (0.0, 0.0)), recompute,
