@@ -271,7 +271,7 @@ def short_conv_backward(
         x, weight.contiguous(), positions, dy0, dy1, dy2, dx, dweight, T, x.stride(0), x.stride(1), T,
         C0=C0, C1=C1, C2=C2, W=W, BT=BT, BC=BC, HAS_POSITIONS=positions is not None, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
-    return dx, dweight.sum((0, 1)).t().to(weight.dtype, memory_format=torch.contiguous_format)
+    return dx, dweight.sum((0, 1)).t().contiguous().to(weight.dtype)
 
 
 @short_conv_backward.register_fake

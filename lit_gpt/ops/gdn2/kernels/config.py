@@ -31,7 +31,7 @@ class Config:
     """One row of the table: rows of a chunk, and how each kernel is launched."""
 
     chunk: int = 64
-    block_scores: Launch = field(default_factory=lambda: Launch(warps=1, stages=2, tile=32))
+    block_scores: Launch = field(default_factory=lambda: Launch(warps=1, stages=3, tile=32))
     chunk_scores: Launch = field(default_factory=lambda: Launch(warps=2, tile=64))
     forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))

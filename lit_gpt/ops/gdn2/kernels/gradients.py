@@ -129,11 +129,11 @@ def state_gradients_kernel(
         local = i[:, None] * VP + c[None, :]
         dout = tl.load(do + i[:, None] * (HV * V) + c[None, :], (i < rows)[:, None] & (c < V)[None, :], 0.0).to(DOT)
         dz, r = tl.load(dZ + local), tl.load(R + local)
-        s0, ds1 = tl.load(S + c[:, None] * KP + d[None, :]), tl.load(dS + c[:, None] * KP + d[None, :])
-        dq = tl.dot(dout, s0, dq, input_precision=PRECISION)
-        de = tl.dot(dz, s0, de, input_precision=PRECISION)
-        dk = tl.dot(r, ds1, dk, input_precision=PRECISION)
-        S_dS += tl.sum(s0.to(tl.float32) * ds1.to(tl.float32), 0)
+        s0, ds1 = tl.load(S + d[:, None] * VP + c[None, :]), tl.load(dS + d[:, None] * VP + c[None, :])
+        dq = tl.dot(dout, tl.trans(s0), dq, input_precision=PRECISION)
+        de = tl.dot(dz, tl.trans(s0), de, input_precision=PRECISION)
+        dk = tl.dot(r, tl.trans(ds1), dk, input_precision=PRECISION)
+        S_dS += tl.sum(s0.to(tl.float32) * ds1.to(tl.float32), 1)
     first = base * C * KP
     at = i[:, None] * KP + d[None, :]
     tl.store(dQg + first + at, dq.to(DOT))

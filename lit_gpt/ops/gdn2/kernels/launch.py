@@ -118,11 +118,29 @@ class Options:
         }
 
 
+_compiled: dict = {}
+"""Kernels by what they were compiled for; see _launch."""
+
+
 def _launch(kernel, grid: tuple, launch: Launch, constants: dict, *tensors, **more):
-    """Launch with those of the constants that the kernel names."""
+    """Launch with those of the constants that the kernel names.
+
+    Triton binds and specialises the arguments anew at every launch, which takes the host longer than some of these
+    kernels take the device. We do that once per kernel, constants, and the types and alignments of the tensors.
+    """
     constants = {"BK": launch.tile, "STAGES": launch.stages, **constants, **more}
-    named = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    kernel[grid](*tensors, **named, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers)
+    types = [(x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else type(x) for x in tensors]
+    key = (kernel, tensors[0].device, launch, *constants.values(), *types)
+    if key not in _compiled:
+        named = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        compiled = kernel[grid](
+            *tensors, **named, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers
+        )
+        if compiled is not None:  # as under the interpreter
+            _compiled[key] = compiled, [constants[name] for name in kernel.arg_names if name in named]
+        return
+    compiled, named = _compiled[key]
+    compiled[(*grid, 1, 1)[:3]](*tensors, *named)
 
 
 class Scores(NamedTuple):
@@ -170,7 +188,7 @@ def scan_forward(scores: Scores, v, w, initial_state, const: dict, options: Opti
     chunks, sequences = len(at.start), len(at.seqlens) - 1
     o = torch.empty_like(v)
     final_state = v.new_empty((sequences, HV, K, V), dtype=torch.float32) if options.output_final_state else None
-    S = v.new_empty((chunks, HV, VP, KP), dtype=options.dot) if save else None
+    S = v.new_empty((chunks, HV, KP, VP), dtype=options.dot) if save else None
     R = v.new_empty((chunks, HV, C, VP), dtype=options.dot) if save else None
     decays, (Qg, Eg, Kt, A, Aqk) = scores.decays, scores[3:]
     _launch(
@@ -191,7 +209,7 @@ def backward(q, k, v, g, b, w, A_log, dt_bias, initial_state, o, scores, S, R, d
 
     dv, dw = torch.empty_like(v), torch.empty_like(w)
     dinitial_state = torch.empty_like(initial_state) if initial_state is not None else None
-    dS, dZ = new((chunks, HV, VP, KP)), new((chunks, HV, C, VP))
+    dS, dZ = new((chunks, HV, KP, VP)), new((chunks, HV, C, VP))
     _launch(
         backward_scan_kernel, (VP // TILE, sequences * HV), options.config.backward_scan, const,
         Qg, Eg, Kt, A, Aqk, decays, v, w, do, dfinal_state, at.seqlens, at.first, dv, dw, dinitial_state, dS, dZ,

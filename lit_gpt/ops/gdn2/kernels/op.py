@@ -101,7 +101,7 @@ def _(
     new = lambda *shape, dtype=dot: q.new_empty((chunks, HV, *shape), dtype=dtype)
     kept = []
     if keep and recompute != "all":
-        kept += [new(VP, KP), new(C, VP)]
+        kept += [new(KP, VP), new(C, VP)]
     if keep and recompute == "none":
         kept += [new(3, C // 2, KP), new(C // 16, KP, dtype=torch.float32), new(2, C, dtype=torch.float32)]
         kept += [*(new(C, KP) for _ in range(3)), new(C, C), new(C, C)]

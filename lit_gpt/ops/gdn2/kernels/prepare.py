@@ -149,7 +149,6 @@ def chunk_scores_kernel(
     i = half * N + row
     q2_scale, e2_scale = tl.load(row_scales + N + r)[:, None], tl.load(row_scales + C + N + r)[:, None]
     k1_scale = tl.load(row_scales + C + r)[:, None]
-    q_scale, k_scale = tl.load(row_scales + i), tl.load(row_scales + C + i)
     S, T = tl.zeros([2, N, N], tl.float32), tl.zeros([2, N, N], tl.float32)
     S_across, T_across = tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32)
     for s in tl.range(0, KP, BK, num_stages=STAGES):
@@ -168,32 +167,35 @@ def chunk_scores_kernel(
             tl.store(across_out + N * KP + first, q2)
             tl.store(across_out + 2 * N * KP + first, e2)
 
-        at = i * KP + d[None, None, :]
-        qb, eb, kb = tl.load(Qb + at), tl.load(Eb + at), tl.load(Kb + at)
-        qs, es, ks = qb.to(tl.float32), eb.to(tl.float32), kb.to(tl.float32)
         if PAIRS:
-            y = tl.permute(kb, (0, 2, 1))
-            S = tl.dot(qb, y, S, input_precision=PRECISION)
-            T = tl.dot(eb, y, T, input_precision=PRECISION)
-            first_decay = tl.load(decays + half * 2 * KP + d[None, None, :])
-            second_decay = tl.load(decays + (half * 2 + 1) * KP + d[None, None, :])
-            before, after = tl.where(row >= 16, first_decay, 1.0), tl.where(row >= 16, 1.0, second_decay)
-            qs, es, ks = qs * before, es * before, ks * after
-        other = tl.load(decays + (1 - half) * (N // 16) * KP + d[None, None, :])  # decay of the other half
-        if PAIRS:
-            other *= tl.load(decays + ((1 - half) * 2 + 1) * KP + d[None, None, :])
-        before, after = tl.where(half == 1, other, 1.0), tl.where(half == 1, 1.0, other)
-        tl.store(Qg + at, (qs * (before * q_scale)).to(DOT))
-        tl.store(Eg + at, (es * (before * k_scale)).to(DOT))
-        tl.store(Kt + at, (ks * (after * k_scale)).to(DOT))
+            at = i * KP + d[None, None, :]
+            y = tl.permute(tl.load(Kb + at), (0, 2, 1))
+            S = tl.dot(tl.load(Qb + at), y, S, input_precision=PRECISION)
+            T = tl.dot(tl.load(Eb + at), y, T, input_precision=PRECISION)
+
+        # From the blocks' ends to the chunk's.
+        head, tail = tl.full([BK], 1.0, tl.float32), tl.full([BK], 1.0, tl.float32)
+        for m in tl.static_range(2 * N // 16):
+            at = (m * 16 + tl.arange(0, 16))[:, None] * KP + d[None, :]
+            q_scale = tl.load(row_scales + m * 16 + tl.arange(0, 16))[:, None]
+            k_scale = tl.load(row_scales + C + m * 16 + tl.arange(0, 16))[:, None]
+            tl.store(Qg + at, (tl.load(Qb + at) * head[None, :] * q_scale).to(DOT))
+            tl.store(Eg + at, (tl.load(Eb + at) * head[None, :] * k_scale).to(DOT))
+            head *= tl.load(decays + m * KP + d)
+        for back in tl.static_range(2 * N // 16):
+            m = 2 * N // 16 - 1 - back
+            at = (m * 16 + tl.arange(0, 16))[:, None] * KP + d[None, :]
+            k_scale = tl.load(row_scales + C + m * 16 + tl.arange(0, 16))[:, None]
+            tl.store(Kt + at, (tl.load(Kb + at) * tail[None, :] * k_scale).to(DOT))
+            tail *= tl.load(decays + m * KP + d)
 
     square, across = i * C + half * N + col, (N + r[:, None]) * C + r[None, :]
     inverse = tl.load(D + base * C * 16 + i * 16 + col % 16, row // 16 == col // 16, 0.0)
     if PAIRS:
         k_scales, pairs = tl.load(row_scales + C + half * N + col), coupled(row, col, 16)
-        S = tl.where(pairs, S * q_scale * k_scales, 0.0)
+        S = tl.where(pairs, S * tl.load(row_scales + i) * k_scales, 0.0)
         tl.store(Aqk + square, S.to(DOT), row // 16 != col // 16)
-        T = tl.where(pairs, T * k_scale * k_scales, 0.0)
+        T = tl.where(pairs, T * tl.load(row_scales + C + i) * k_scales, 0.0)
         inverse -= tl.dot(tl.dot(inverse, T, input_precision=PRECISION), inverse, input_precision=PRECISION)
     tl.store(A + square, inverse.to(DOT))
     tl.store(Aqk + across, S_across.to(DOT))
