@@ -165,7 +165,7 @@ def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options, 
     Qb, Eb, Kb, Qg, Eg, Kt = (new((chunks, HV, C, KP)) for _ in range(6))
     A, Aqk = (new((chunks, HV, C, C)) for _ in range(2))
     across = new((chunks, HV, 3, C // 2, KP) if keep else 0)
-    inverses = exact((chunks, HV, C, 16))
+    inverses = exact((chunks, HV, C, C // 2))
     L = min(options.config.block_scores.warps, C // 16)
     decays, row_scales = exact((chunks, HV, C // 16, KP)), exact((chunks, HV, 2, C))
     _launch(

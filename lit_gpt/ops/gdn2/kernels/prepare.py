@@ -15,7 +15,7 @@ what is new of T.
 import triton
 import triton.language as tl
 
-from .decay import coupled, gate, leaf_factors, level_span, log_decay, span_factor, split_log2
+from .decay import coupled, gate, leaf_factors, log_decay, span_factor, split_log2
 
 
 @triton.jit
@@ -28,9 +28,9 @@ def block_scores_kernel(
     L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K]. Writes Qb, Eb, Kb [chunks, HV, C, KP] of q, e, k as they come, not yet
-    normed; the blocks' decays [chunks, HV, C / 16, KP] fp32; the blocks on the diagonal of Aqk [chunks, HV, C, C]; the
-    inverses D [chunks, HV, C / 16, 16, 16] fp32 of those of I + T; and row_scales [chunks, HV, 2, C]: scale / norm of q,
-    1 / norm of k."""
+    normed; the blocks' decays [chunks, HV, C / 16, KP] fp32; the blocks on the diagonal of Aqk [chunks, HV, C, C]; in D
+    [chunks, HV, C, N] fp32, each row's half of the inverse, those on its diagonal; and row_scales [chunks, HV, 2, C]:
+    scale / norm of q, 1 / norm of k."""
     PARTS: tl.constexpr = C // 16 // L
     n, part, hv = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     h = hv // (HV // H)
@@ -112,7 +112,40 @@ def block_scores_kernel(
     for level in tl.static_range(1, 4):
         Th = tl.where(coupled(row, col, 1 << level), T, 0.0)
         inverse -= tl.dot(tl.dot(inverse, Th, input_precision=PRECISION), inverse, input_precision=PRECISION)
-    tl.store(D + base * C * 16 + block * 256 + row * 16 + col, inverse)
+    N: tl.constexpr = C // 2
+    tl.store(D + base * C * N + (block * 16 + row) * N + (block * 16) % N + col, inverse)
+
+
+@triton.jit
+def _to_chunk_ends(
+    Qb, Eb, Kb, Qg, Eg, Kt, row_scales, m, d, head, tail,
+    KP: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Block m of Qb, Eb, Kb [16, BK] as they are; stores them decayed by what comes before and after the block."""
+    i = m * 16 + tl.arange(0, 16)
+    at = i[:, None] * KP + d[None, :]
+    qb, eb, kb = tl.load(Qb + at), tl.load(Eb + at), tl.load(Kb + at)
+    q_scale, k_scale = tl.load(row_scales + i)[:, None], tl.load(row_scales + C + i)[:, None]
+    tl.store(Qg + at, (qb * head[None, :] * q_scale).to(DOT))
+    tl.store(Eg + at, (eb * head[None, :] * k_scale).to(DOT))
+    tl.store(Kt + at, (kb * tail[None, :] * k_scale).to(DOT))
+    return qb, eb, kb
+
+
+@triton.jit
+def _couple(S, T, D, A, Aqk, row_scales, m, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Of blocks m and m + 1, S and T [16, 16] the raw scores between them: their part of Aqk, and of the inverse, which
+    goes to D [C, 32]."""
+    i = m * 16 + tl.arange(0, 16)
+    row, col = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    columns = tl.load(row_scales + C + i)[None, :]
+    S *= tl.load(row_scales + i + 16)[:, None] * columns
+    T *= tl.load(row_scales + C + i + 16)[:, None] * columns
+    tl.store(Aqk + (m * 16 + 16 + row) * C + m * 16 + col, S.to(DOT))
+    tl.store(Aqk + (m * 16 + row) * C + m * 16 + 16 + col, tl.zeros([16, 16], DOT))
+    first, second = tl.load(D + (m * 16 + row) * 32 + col), tl.load(D + (m * 16 + 16 + row) * 32 + 16 + col)
+    below = tl.dot(tl.dot(second, T, input_precision=PRECISION), first, input_precision=PRECISION)
+    tl.store(D + (m * 16 + 16 + row) * 32 + col, -below)
 
 
 @triton.jit
@@ -123,12 +156,9 @@ def chunk_scores_kernel(
     STAGES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Reads what block_scores_kernel wrote. Writes Qg, Eg, Kt [chunks, HV, C, KP], A and the rest of Aqk
-    [chunks, HV, C, C]; for the backward pass across_out [chunks, HV, 3, N, KP], what meets across the halves: k of the
-    first, decayed to its end, q and e of the second, decayed from its start.
-
-    Tiles are the two halves of a chunk, N rows each, of one or two blocks."""
+    [chunks, HV, C, C]; for the backward pass across_out [chunks, HV, 3, N, KP], N = C / 2, what meets across the halves:
+    k of the first, decayed to its end, q and e of the second, decayed from its start."""
     N: tl.constexpr = C // 2
-    PAIRS: tl.constexpr = N == 32
     n, hv = tl.program_id(0), tl.program_id(1)
     if tl.load(chunk_rows + n) == 0:
         return
@@ -143,65 +173,58 @@ def chunk_scores_kernel(
     row_scales += base * 2 * C
     A += base * C * C
     Aqk += base * C * C
+    D += base * C * N
     across_out += base * 3 * N * KP
     r = tl.arange(0, N)
-    half, row, col = tl.arange(0, 2)[:, None, None], r[None, :, None], r[None, None, :]
-    i = half * N + row
-    q2_scale, e2_scale = tl.load(row_scales + N + r)[:, None], tl.load(row_scales + C + N + r)[:, None]
-    k1_scale = tl.load(row_scales + C + r)[:, None]
-    S, T = tl.zeros([2, N, N], tl.float32), tl.zeros([2, N, N], tl.float32)
-    S_across, T_across = tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32)
+    row, col = r[:, None], r[None, :]
+    q2_scale, e2_scale = tl.load(row_scales + N + row), tl.load(row_scales + C + N + row)
+    k1_scale = tl.load(row_scales + C + row)
+    S_first, T_first = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
+    S_second, T_second = tl.zeros([16, 16], tl.float32), tl.zeros([16, 16], tl.float32)
+    S, T = tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32)
     for s in tl.range(0, KP, BK, num_stages=STAGES):
         d = s + tl.arange(0, BK)
-        first = r[:, None] * KP + d[None, :]
-        q2, e2, k1 = tl.load(Qb + N * KP + first), tl.load(Eb + N * KP + first), tl.load(Kb + first)
-        if PAIRS:
-            before = tl.where(r[:, None] >= 16, tl.load(decays + 2 * KP + d)[None, :], 1.0)
-            after = tl.where(r[:, None] >= 16, 1.0, tl.load(decays + KP + d)[None, :])
+        at = row * KP + d[None, :]
+        q2, e2, k1 = tl.load(Qb + N * KP + at), tl.load(Eb + N * KP + at), tl.load(Kb + at)
+        d0, d1, one = tl.load(decays + d), tl.load(decays + KP + d), tl.full([BK], 1.0, tl.float32)
+        if N == 32:
+            d2, d3 = tl.load(decays + 2 * KP + d), tl.load(decays + 3 * KP + d)
+            before, after = tl.where(row >= 16, d2[None, :], 1.0), tl.where(row >= 16, 1.0, d1[None, :])
             q2, e2, k1 = q2 * before, e2 * before, k1 * after
         q2, e2, k1 = (q2 * q2_scale).to(DOT), (e2 * e2_scale).to(DOT), (k1 * k1_scale).to(DOT)
-        S_across = tl.dot(q2, tl.trans(k1), S_across, input_precision=PRECISION)
-        T_across = tl.dot(e2, tl.trans(k1), T_across, input_precision=PRECISION)
+        S = tl.dot(q2, tl.trans(k1), S, input_precision=PRECISION)
+        T = tl.dot(e2, tl.trans(k1), T, input_precision=PRECISION)
         if KEEP:
-            tl.store(across_out + first, k1)
-            tl.store(across_out + N * KP + first, q2)
-            tl.store(across_out + 2 * N * KP + first, e2)
+            tl.store(across_out + at, k1)
+            tl.store(across_out + N * KP + at, q2)
+            tl.store(across_out + 2 * N * KP + at, e2)
 
-        if PAIRS:
-            at = i * KP + d[None, None, :]
-            y = tl.permute(tl.load(Kb + at), (0, 2, 1))
-            S = tl.dot(tl.load(Qb + at), y, S, input_precision=PRECISION)
-            T = tl.dot(tl.load(Eb + at), y, T, input_precision=PRECISION)
+        if N == 32:
+            q, e, k = _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 0, d, one, d1 * d2 * d3, KP, C, DOT)
+            y = tl.trans(k)
+            q, e, k = _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 1, d, d0, d2 * d3, KP, C, DOT)
+            S_first = tl.dot(q, y, S_first, input_precision=PRECISION)
+            T_first = tl.dot(e, y, T_first, input_precision=PRECISION)
+            q, e, k = _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 2, d, d0 * d1, d3, KP, C, DOT)
+            y = tl.trans(k)
+            q, e, k = _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 3, d, d0 * d1 * d2, one, KP, C, DOT)
+            S_second = tl.dot(q, y, S_second, input_precision=PRECISION)
+            T_second = tl.dot(e, y, T_second, input_precision=PRECISION)
+        else:
+            _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 0, d, one, d1, KP, C, DOT)
+            _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 1, d, d0, one, KP, C, DOT)
 
-        # From the blocks' ends to the chunk's.
-        head, tail = tl.full([BK], 1.0, tl.float32), tl.full([BK], 1.0, tl.float32)
-        for m in tl.static_range(2 * N // 16):
-            at = (m * 16 + tl.arange(0, 16))[:, None] * KP + d[None, :]
-            q_scale = tl.load(row_scales + m * 16 + tl.arange(0, 16))[:, None]
-            k_scale = tl.load(row_scales + C + m * 16 + tl.arange(0, 16))[:, None]
-            tl.store(Qg + at, (tl.load(Qb + at) * head[None, :] * q_scale).to(DOT))
-            tl.store(Eg + at, (tl.load(Eb + at) * head[None, :] * k_scale).to(DOT))
-            head *= tl.load(decays + m * KP + d)
-        for back in tl.static_range(2 * N // 16):
-            m = 2 * N // 16 - 1 - back
-            at = (m * 16 + tl.arange(0, 16))[:, None] * KP + d[None, :]
-            k_scale = tl.load(row_scales + C + m * 16 + tl.arange(0, 16))[:, None]
-            tl.store(Kt + at, (tl.load(Kb + at) * tail[None, :] * k_scale).to(DOT))
-            tail *= tl.load(decays + m * KP + d)
-
-    square, across = i * C + half * N + col, (N + r[:, None]) * C + r[None, :]
-    inverse = tl.load(D + base * C * 16 + i * 16 + col % 16, row // 16 == col // 16, 0.0)
-    if PAIRS:
-        k_scales, pairs = tl.load(row_scales + C + half * N + col), coupled(row, col, 16)
-        S = tl.where(pairs, S * tl.load(row_scales + i) * k_scales, 0.0)
-        tl.store(Aqk + square, S.to(DOT), row // 16 != col // 16)
-        T = tl.where(pairs, T * tl.load(row_scales + C + i) * k_scales, 0.0)
-        inverse -= tl.dot(tl.dot(inverse, T, input_precision=PRECISION), inverse, input_precision=PRECISION)
-    tl.store(A + square, inverse.to(DOT))
-    tl.store(Aqk + across, S_across.to(DOT))
-    first, second = tl.sum(tl.where(half == 0, inverse, 0.0), 0), tl.sum(tl.where(half == 1, inverse, 0.0), 0)
-    below = tl.dot(tl.dot(second, T_across, input_precision=PRECISION), first, input_precision=PRECISION)
-    tl.store(A + across, (-below).to(DOT))
-    above, zero = r[:, None] * C + N + r[None, :], tl.zeros([N, N], DOT)
-    tl.store(A + above, zero)
-    tl.store(Aqk + above, zero)
+    if N == 32:
+        _couple(S_first, T_first, D, A, Aqk, row_scales, 0, C, DOT, PRECISION)
+        _couple(S_second, T_second, D, A, Aqk, row_scales, 2, C, DOT, PRECISION)
+        tl.debug_barrier()
+    lower = row // 16 >= col // 16
+    first, second = tl.load(D + row * N + col, lower, 0.0), tl.load(D + (N + row) * N + col, lower, 0.0)
+    below = tl.dot(tl.dot(second, T, input_precision=PRECISION), first, input_precision=PRECISION)
+    zero = tl.zeros([N, N], DOT)
+    tl.store(A + row * C + col, first.to(DOT))
+    tl.store(A + row * C + N + col, zero)
+    tl.store(A + (N + row) * C + col, (-below).to(DOT))
+    tl.store(A + (N + row) * C + N + col, second.to(DOT))
+    tl.store(Aqk + row * C + N + col, zero)
+    tl.store(Aqk + (N + row) * C + col, S.to(DOT))
