@@ -108,6 +108,17 @@ def measure(op: Callable, tensors: list[Tensor], repeats: int) -> dict[str, floa
     return row
 
 
+def measured(name: str, op: Callable, tensors: list[Tensor], repeats: int) -> Optional[dict[str, float]]:
+    """`measure`; of a peer that refuses this device or Triton, its reason and nothing."""
+    try:
+        return measure(op, tensors, repeats)
+    except RuntimeError as error:
+        if not name.startswith("fla-core"):
+            raise
+        console.print(f"{name} is left out: {str(error).splitlines()[0]}")
+        return None
+
+
 def kernel_times(op: Callable, tensors: list[Tensor], steps: int = 10) -> dict[str, float]:
     """Milliseconds of each kernel in one training step."""
     do = torch.randn_like(op(*tensors))
@@ -237,7 +248,8 @@ def main() -> None:
         case = build()
         least = floors(case.tokens)
         floor = {name: 1e3 * max(n / bandwidth, f / rate) for name, (n, f) in least.items()}
-        rows = {name: measure(op, case.tensors, args.repeats) for name, op in case.ops.items()}
+        rows = {name: measured(name, op, case.tensors, args.repeats) for name, op in case.ops.items()}
+        rows = {name: row for name, row in rows.items() if row}
         table = Table("", *next(iter(rows.values())), title=case.title)
         for name, row in rows.items():
             table.add_row(name, *(f"{x:.3f}" if x < 100 else f"{x:.0f}" for x in row.values()))

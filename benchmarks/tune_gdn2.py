@@ -34,8 +34,8 @@ DECAYS = (0.3, 6.0, 40.0)
 """Checked with g uniform between 0 and minus this."""
 REGISTERS = (None, 168, 128)
 SEARCH = {
-    "block_scores": {"warps": (1, 2, 4), "stages": (2, 3, 4), "registers": (None, 224, 200)},
-    "chunk_scores": {"warps": (2, 4), "tile": (32, 64, 128), "registers": REGISTERS},
+    "block_scores": {"warps": (1, 2, 4), "stages": (2, 3, 4), "tile": (16, 32), "registers": (None, 224)},
+    "chunk_scores": {"warps": (1, 2, 4), "stages": (1, 2), "tile": (32, 64)},
     "forward_scan": {"stages": (1, 2, 3)},
     "backward_scan": {"stages": (1, 2, 3)},
     "score_gradients": {"warps": (4, 8), "stages": (1, 2), "registers": REGISTERS},

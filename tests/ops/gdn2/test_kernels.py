@@ -85,6 +85,7 @@ def check(inputs, tolerance=None, bias=None, **options):
     half = inputs[2].dtype == torch.bfloat16
     tolerance = tolerance or (1e-5 if INTERPRETED else 1e-2 if half else 3e-3)
     got = run(chunk_gdn2_fused, inputs, use_qk_l2norm_in_kernel=True, **options)
+    options.pop("config", None)
     want = run(normalised(naive_recurrent_gdn2), inputs, torch.float64, **options)
     for name, (error, slope) in errors(got, want).items():
         assert error < tolerance, f"{name}: relative error {error:.1e} above {tolerance:.0e}"
@@ -176,6 +177,28 @@ def test_sigmoids_in_the_kernel():
     want = run(normalised(outside), inputs, torch.float64)
     for name, (error, _) in errors(got, want).items():
         assert error < (1e-5 if INTERPRETED else 5e-3), f"{name}: relative error {error:.1e}"
+
+
+@runs_kernels
+@pytest.mark.parametrize("decay", ["none", "isolated -inf"])
+def test_chunks_of_32_rows(decay):
+    """What large heads and small GPUs take."""
+    from lit_gpt.ops.gdn2.kernels.config import Config
+
+    check(draw(T=80, HV=2, decay=DECAYS[decay]), config=Config(chunk=32))
+
+
+@runs_kernels
+def test_offsets_changed_in_place_count():
+    """The chunks of packed sequences are kept with their offsets."""
+    from lit_gpt.ops.gdn2.kernels import chunk_gdn2_fused
+
+    inputs, offsets = [x.to(DEVICE) for x in draw(T=40)[:6]], torch.tensor([0, 10, 40], device=DEVICE)
+    first = chunk_gdn2_fused(*inputs, cu_seqlens=offsets)[0]
+    offsets[1] = 25
+    second = chunk_gdn2_fused(*inputs, cu_seqlens=offsets)[0]
+    assert not torch.equal(first, second)
+    assert torch.equal(second, chunk_gdn2_fused(*inputs, cu_seqlens=offsets.clone())[0])
 
 
 @runs_kernels

@@ -11,6 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import TILE, Config, Launch
 from .decay import span_table, span_table_transposed
@@ -67,11 +68,23 @@ def number_of_chunks(tokens: int, B: int, cu_seqlens: Optional[torch.Tensor], C:
     return -(-tokens // C) + cu_seqlens.numel() - 2
 
 
+_packed_chunks = WeakTensorKeyDictionary()
+"""Of offsets in use, what they were when their chunks were found, and these: a dozen small operations, which the layers
+of a model, forward and backward, share."""
+
+
 def chunks_of(tokens: int, B: int, cu_seqlens: Optional[torch.Tensor], C: int, device: torch.device) -> Chunks:
     """These chunks."""
     if cu_seqlens is None:
         return index_equal_chunks(B, tokens // B, C, device)
-    return index_chunks(cu_seqlens, number_of_chunks(tokens, B, cu_seqlens, C), C)
+    chunks = number_of_chunks(tokens, B, cu_seqlens, C)
+    if cu_seqlens.is_inference():  # which do not tell whether they were changed in place
+        return index_chunks(cu_seqlens, chunks, C)
+    state = (cu_seqlens._version, chunks, C)
+    found = _packed_chunks.get(cu_seqlens)
+    if found is None or found[0] != state:
+        found = _packed_chunks[cu_seqlens] = state, index_chunks(cu_seqlens, chunks, C)
+    return found[1]
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,8 @@ def chunk_scores_kernel(
     STAGES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Reads what block_scores_kernel wrote. Writes Qg, Eg, Kt [chunks, HV, C, KP], A and the rest of Aqk
-    [chunks, HV, C, C]; for the backward pass across_out [chunks, HV, 3, N, KP], N = C / 2, what meets across the halves:
-    k of the first, decayed to its end, q and e of the second, decayed from its start."""
+    [chunks, HV, C, C]; for the backward pass across_out [chunks, HV, 3, N, KP], N = C / 2, what meets across the
+    halves: k of the first, decayed to its end, q and e of the second, decayed from its start."""
     N: tl.constexpr = C // 2
     n, hv = tl.program_id(0), tl.program_id(1)
     if tl.load(chunk_rows + n) == 0:
