@@ -1,8 +1,8 @@
 """swa_gdn2_125M on one GPU, GDN-2 by the fused kernels and by the plain chunk path: do the losses fall alike?
 
-    python benchmarks/train_fused_and_plain.py CORPUS OUTPUT --steps 500      CORPUS: prepare_data.py --train_tokenizer 32000
+    python benchmarks/train_fused_and_plain.py CORPUS OUTPUT --steps 500
 
-Both runs have the same seed, batches of 4 x 1024 tokens, bf16; they share the GPU, so their speed says nothing.
+CORPUS is what prepare_data.py --train_tokenizer 32000 makes of a text. Both runs have the same seed, batches of 4 x 1024 tokens, bf16; they share the GPU, so their speed says nothing.
 """
 
 import argparse
