@@ -2,7 +2,8 @@
 
     python benchmarks/train_fused_and_plain.py CORPUS OUTPUT --steps 500
 
-CORPUS is what prepare_data.py --train_tokenizer 32000 makes of a text. Both runs have the same seed, batches of 4 x 1024 tokens, bf16; they share the GPU, so their speed says nothing.
+CORPUS is what prepare_data.py --train_tokenizer 32000 makes of a text. Both runs have the same seed, batches of
+4 x 1024 tokens, bf16; they share the GPU, so their speed says nothing.
 """
 
 import argparse

@@ -32,7 +32,7 @@ class Config:
 
     chunk: int = 64
     block_scores: Launch = field(default_factory=lambda: Launch(warps=1, stages=3, tile=32))
-    chunk_scores: Launch = field(default_factory=lambda: Launch(warps=2, tile=64))
+    chunk_scores: Launch = field(default_factory=lambda: Launch(warps=2, stages=2))
     forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))

@@ -157,10 +157,7 @@ def span_factor_transposed(spans, m, hi, lo, N: tl.constexpr):
 @triton.jit
 def span_sum_transposed(spans_transposed, m, x, acc, N: tl.constexpr, PRECISION: tl.constexpr):
     """acc + M_m^T x, what the factors' gradients x add to dg, as tiles [BK, N]; spans_transposed [.., N, N] is of the
-    dots' type, of which x takes two summands if it is bf16."""
+    dots' type."""
     i = tl.arange(0, N)
     M = tl.trans(tl.load(spans_transposed + m * N * N + i[:, None] * N + i[None, :]))
-    hi = x.to(M.dtype)
-    if M.dtype == tl.bfloat16:
-        acc = tl.dot((x - hi.to(tl.float32)).to(M.dtype), M, acc)
-    return tl.dot(hi, M, acc, input_precision=PRECISION)
+    return tl.dot(x.to(M.dtype), M, acc, input_precision=PRECISION)
