@@ -91,7 +91,7 @@ def estimate(
         MLP                         4 a I
         attention                   7 a H d with as many key as query heads H; another 5 a H d beyond two windows
         GDN-2                       a (P + C); decay 12 HV K; gates a HV (2 K + V); output 2 a HV V;
-                                    chunks of 64: a HV (3 K + 2 x 64 + K V / 64 + 2 V)
+                                    chunks of 64: a HV (4.5 K + 2 x 64 + K V / 64 + 2 V), decays HV K / 4
 
     With full checkpointing a block keeps 4 D; with selective 4 D and the results of its matrix products and of softmax
     attention. The model adds (8 + a) D, and the masks of documents, one set for all layers. Worked with is the larger
@@ -144,7 +144,7 @@ def _block_bytes(config: ModelConfig, mixer: str, sequence_length: int, a: int) 
     HV, K, V = c.value_heads, c.head_dim, c.value_dim
     channels = 2 * c.num_heads * K + HV * V
     projections = channels + HV * (2 * K + V) + c.decay_rank + c.output_gate_rank
-    chunks = a * HV * (3 * K + 2 * CHUNK + K * V // CHUNK + 2 * V)
+    chunks = a * HV * (9 * K // 2 + 2 * CHUNK + K * V // CHUNK + 2 * V) + HV * K // 4
     gates = 12 * HV * K + a * HV * (2 * K + V)
     return stream + a * (projections + channels) + gates + chunks + 2 * a * HV * V
 
