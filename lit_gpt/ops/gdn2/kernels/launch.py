@@ -78,7 +78,8 @@ def chunks_of(tokens: int, B: int, cu_seqlens: Optional[torch.Tensor], C: int, d
     if cu_seqlens is None:
         return index_equal_chunks(B, tokens // B, C, device)
     chunks = number_of_chunks(tokens, B, cu_seqlens, C)
-    if cu_seqlens.is_inference():  # which do not tell whether they were changed in place
+    # Not kept: what is only computed when a graph is replayed, and of tensors that do not tell of changes in place.
+    if cu_seqlens.is_inference() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return index_chunks(cu_seqlens, chunks, C)
     state = (cu_seqlens._version, chunks, C)
     found = _packed_chunks.get(cu_seqlens)
