@@ -125,8 +125,9 @@ def ending_together() -> Iterator[None]:
         code, told = 1, traceback.format_exc()
         if isinstance(error, UserError):
             code, told = 2, f"error: {error}"
-        elif isinstance(error, SystemExit):  # 75 is for all ranks; else it is rich, of this rank alone
-            code, told = error.code, "error: nobody reads any more what this run prints. Send it to a file."
+        elif isinstance(error, (SystemExit, BrokenPipeError)):  # 75 is for all ranks; else rich or print, of this
+            code = getattr(error, "code", 1)
+            told = "error: nobody reads any more what this run prints. Send it to a file."
         if code not in (0, EXIT_CODE):
             ending.acquire()  # for good: the watcher leaves the rest to us
             with suppress(RuntimeError, OSError):  # the store is gone with a rank that was killed; or stderr

@@ -54,7 +54,7 @@ def check(fabric, layout: Layout, tied: bool) -> None:
         assert torch.equal(whole(model.module.get_parameter(name)), parameter), name
 
     generator = torch.Generator().manual_seed(1)
-    for _ in range(2):
+    for atol in (1e-6, 1e-5):  # after a step, Adam has divided by what is next to nothing
         ids = torch.randint(0, 50, (fabric.world_size * MICRO_BATCHES, LENGTH), generator=generator)
         mine = ids.chunk(fabric.world_size)[fabric.global_rank]
         for i, row in enumerate(mine.split(1)):
@@ -66,7 +66,7 @@ def check(fabric, layout: Layout, tied: bool) -> None:
         torch.testing.assert_close(norm, expected_norm, rtol=1e-5, atol=0)  # the gradient of the global batch
         for name, parameter in reference.named_parameters():
             ours = model.module.get_parameter(name)
-            torch.testing.assert_close(whole(ours.grad), parameter.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(whole(ours.grad), parameter.grad, rtol=1e-4, atol=atol)
         wrapped.step()
         expected.step()
         states = (model.module.parameters(), [p.grad for p in model.module.parameters()], moments(optimizer))

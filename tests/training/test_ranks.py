@@ -63,10 +63,10 @@ def test_ranks_that_wait_for_no_collective_end_too_and_a_bug_shows_its_traceback
     assert time.monotonic() - began < 40
 
 
-def test_a_rank_whose_output_nobody_reads_ends_all():
-    """rich exits then, while the other rank waits for this one."""
-    body = "import rich; rank or time.sleep(1); rank or rich.print('x', flush=True); time.sleep(50)"
-    process = start(body)
+@pytest.mark.parametrize("printing", ["rich.print('x', flush=True)", "print('x', flush=True)"])
+def test_a_rank_whose_output_nobody_reads_ends_all(printing):
+    """rich exits then, print raises, while the other rank waits for this one."""
+    process = start(f"import rich; rank or time.sleep(1); rank or {printing}; time.sleep(50)")
     assert "ready\n" in iter(process.stdout.readline, "")
     process.stdout.close()
     began = time.monotonic()
