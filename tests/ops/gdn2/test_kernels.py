@@ -212,6 +212,16 @@ def test_what_is_recomputed_changes_nothing():
 
 
 @runs_kernels
+def test_gradients_of_gradients_are_refused():
+    from lit_gpt.ops.gdn2.kernels import chunk_gdn2_fused
+
+    inputs = [x.to(DEVICE).requires_grad_() for x in draw(T=8)[:6]]
+    grad = torch.autograd.grad(chunk_gdn2_fused(*inputs)[0].sum(), inputs, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@runs_kernels
 def test_the_future_does_not_change_the_past():
     from lit_gpt.ops.gdn2.kernels import chunk_gdn2_fused
 

@@ -10,6 +10,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.runtime.interpreter import InterpretedFunction
 
 from lit_gpt.errors import UserError
@@ -168,13 +169,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, o, *kept)
 
 
-def _gradients(ctx, grads, backward=chunk_gdn2_backward):
+def _gradients(ctx, grads, operator=chunk_gdn2_backward):
     saved = ctx.saved_tensors  # only once: activation checkpointing computes them anew on the first access
     tensors, (o, *kept) = saved[:10], saved[10:]
     do, dfinal_state, *_ = grads
     if not ctx.options[2]:  # no final state was asked for, so the gradient is of nothing
         dfinal_state = None
-    found = iter(backward(do, dfinal_state, o, kept, *tensors, *ctx.options))
+    found = iter(operator(do, dfinal_state, o, kept, *tensors, *ctx.options))
     return *(None if x is None else next(found) for x in tensors[:9]), None, *[None] * len(ctx.options), None
 
 
@@ -191,6 +192,7 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         return _gradients(ctx, grads, _backward)
 
