@@ -111,15 +111,8 @@ def chunk_decay(decays, KP: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def level_span(row, col, h):
-    """The span matrix of level h, true where row i needs column s."""
-    start = row & -h
-    return tl.where((row & h) != 0, (col >= start) & (col <= row), (col > row) & (col < start + h))
-
-
-@triton.jit
 def coupled(row, col, h):
-    """Where row i lies in the odd and column j in the even block of one couple of level h."""
+    """Where row i lies in the odd and column j in the even sub-block of one couple of level h."""
     return (((row ^ col) & -h) == h) & (row > col)
 
 
