@@ -3,7 +3,7 @@
 The kernels are opaque to torch.compile, which takes each operator as one node of its graph, so that a block compiles
 whole. What the backward pass needs beside the inputs are results of the forward operator, after o and the final state.
 Without torch.compile the same functions run in an autograd function of their own: going through the registration takes
-the host half a millisecond a step, as long as the kernels take the device at small sizes.
+the host as long as the kernels take the device at small sizes.
 """
 
 from typing import Optional
