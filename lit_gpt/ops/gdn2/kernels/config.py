@@ -31,9 +31,9 @@ class Config:
     """One row of the table: rows of a chunk, and how each kernel is launched."""
 
     chunk: int = 64
-    block_scores: Launch = field(default_factory=lambda: Launch(warps=1, stages=3, tile=32))
+    block_scores: Launch = field(default_factory=lambda: Launch(warps=1, stages=4, tile=32))
     chunk_scores: Launch = field(default_factory=lambda: Launch(warps=2, stages=2))
-    forward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
+    forward_scan: Launch = field(default_factory=lambda: Launch(stages=3))
     backward_scan: Launch = field(default_factory=lambda: Launch(stages=2))
     score_gradients: Launch = field(default_factory=lambda: Launch(stages=2))
     state_gradients: Launch = field(default_factory=lambda: Launch(stages=2, registers=168))

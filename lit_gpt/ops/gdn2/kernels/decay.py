@@ -102,15 +102,6 @@ def split_log2(g):
 
 
 @triton.jit
-def chunk_decay(decays, KP: tl.constexpr, L: tl.constexpr):
-    """The decay of a whole chunk, from pointers to those of its first block."""
-    decay = tl.load(decays)
-    for m in tl.static_range(1, L):
-        decay *= tl.load(decays + m * KP)
-    return decay
-
-
-@triton.jit
 def coupled(row, col, h):
     """Where row i lies in the odd and column j in the even sub-block of one couple of level h."""
     return (((row ^ col) & -h) == h) & (row > col)
@@ -148,9 +139,18 @@ def span_factor_transposed(spans, m, hi, lo, N: tl.constexpr):
 
 
 @triton.jit
+def dot_split(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x y with x in fp32; beside y in bf16, x is the sum of two of them, 16 bits."""
+    hi = x.to(y.dtype)
+    if y.dtype == tl.bfloat16:
+        acc = tl.dot((x - hi.to(tl.float32)).to(y.dtype), y, acc)
+    return tl.dot(hi, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def span_sum_transposed(spans_transposed, m, x, acc, N: tl.constexpr, PRECISION: tl.constexpr):
     """acc + M_m^T x, what the factors' gradients x add to dg, as tiles [BK, N]; spans_transposed [.., N, N] is of the
     dots' type."""
     i = tl.arange(0, N)
     M = tl.trans(tl.load(spans_transposed + m * N * N + i[:, None] * N + i[None, :]))
-    return tl.dot(x.to(M.dtype), M, acc, input_precision=PRECISION)
+    return dot_split(x, M, acc, PRECISION)

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from .decay import (
-    chunk_decay,
+    dot_split,
     gate,
     gate_backward,
     log_decay,
@@ -142,7 +142,7 @@ def state_gradients_kernel(
     later = (i >= C // 2)[:, None]
     heads = tl.load(Qg + first + at).to(tl.float32) * dq - tl.load(Eg + first + at).to(tl.float32) * de
     tails = tl.load(Kt + first + at).to(tl.float32) * dk
-    whole = chunk_decay(decays + base * (C // 16) * KP + d, KP, C // 16) * S_dS
+    whole = tl.load(decays + (base * (C // 16 + 1) + C // 16) * KP + d) * S_dS
     tl.store(dg_halves + base * 2 * KP + d, whole + tl.sum(tl.where(later, heads, 0.0), 0))
     tl.store(dg_halves + base * 2 * KP + KP + d, whole + tl.sum(tl.where(later, 0.0, tails), 0))
 
@@ -180,7 +180,7 @@ def input_gradients_kernel(
     row_scales += base * 2 * C + i
     row_sums += base * 3 * C + own
     across += base * 3 * N * KP
-    decays += (base * 2 + 1 - half) * (N // 16) * KP + d
+    decays += (base * (C // 16 + 1) + (1 - half) * (N // 16)) * KP + d
     square = base * C * C + own * C + row * C + col
     at_kp = base * C * KP + own * KP + local
 
@@ -193,7 +193,9 @@ def input_gradients_kernel(
     e_across = tl.load(across + 2 * (1 - half) * N * KP + local)
     wq_across, wt_across = tl.load(Wq + other + square), tl.load(Wt + other + square)
     q_scale, k_scale = tl.load(row_scales + own)[None, :], tl.load(row_scales + C + own)[None, :]
-    other_decay = chunk_decay(decays, KP, N // 16)
+    other_decay = tl.load(decays)
+    if N == 32:
+        other_decay *= tl.load(decays + KP)
     dgs = tl.zeros([BK, N], tl.float32) + tl.load(dg_halves + base * 2 * KP + half * KP + d)
     a_log, bias = 0.0, 0.0
     if GATE:
@@ -220,6 +222,7 @@ def input_gradients_kernel(
 
     Wq += own + square
     Wt += own + square
+    zero = tl.zeros([BK, N], tl.float32)
     for level in range(LEVELS):
         block = N >> (level + 1)
         f = span_factor_transposed(spans, 2 + level, hi, lo, N)
@@ -230,8 +233,8 @@ def input_gradients_kernel(
         f_odd, f_even = tl.where(odd, f, 0.0), tl.where(odd, 0.0, f)
         kf = ks * f_even
         yq, ye = qs * f_odd + kf, es * f_odd + kf
-        P = tl.dot(yq.to(DOT), tl.trans(wq), input_precision=PRECISION)
-        R = tl.dot(ye.to(DOT), tl.trans(wt), input_precision=PRECISION)
+        P = dot_split(yq, tl.trans(wq), zero, PRECISION)
+        R = dot_split(ye, tl.trans(wt), zero, PRECISION)
         dgs = span_sum_transposed(spans_transposed, 2 + level, yq * P + ye * R, dgs, N, PRECISION)
         dqs += P * f_odd
         des += R * f_odd

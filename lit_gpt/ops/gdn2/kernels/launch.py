@@ -181,7 +181,7 @@ def prepare(q, k, g, b, A_log, dt_bias, HV: int, const: dict, options: Options, 
     across = new((chunks, HV, 3, C // 2, KP) if keep else 0)
     inverses = exact((chunks, HV, C, C // 2))
     L = min(options.config.block_scores.warps, C // 16)
-    decays, row_scales = exact((chunks, HV, C // 16, KP)), exact((chunks, HV, 2, C))
+    decays, row_scales = exact((chunks, HV, C // 16 + 1, KP)), exact((chunks, HV, 2, C))
     _launch(
         block_scores_kernel, (chunks * (C // 16 // L), HV), options.config.block_scores, const,
         q, k, b, g, A_log, dt_bias, at.start, at.rows, Qb, Eb, Kb, decays, Aqk, inverses, row_scales,

@@ -104,7 +104,7 @@ def _(
     if keep and recompute != "all":
         kept += [new(KP, VP), new(C, VP)]
     if keep and recompute == "none":
-        kept += [new(3, C // 2, KP), new(C // 16, KP, dtype=torch.float32), new(2, C, dtype=torch.float32)]
+        kept += [new(3, C // 2, KP), new(C // 16 + 1, KP, dtype=torch.float32), new(2, C, dtype=torch.float32)]
         kept += [*(new(C, KP) for _ in range(3)), new(C, C), new(C, C)]
     return [v.new_empty(v.shape), final_state, *kept]
 

@@ -28,7 +28,7 @@ def block_scores_kernel(
     L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K]. Writes Qb, Eb, Kb [chunks, HV, C, KP] of q, e, k as they come, not yet
-    normed; the blocks' decays [chunks, HV, C / 16, KP] fp32; the blocks on the diagonal of Aqk [chunks, HV, C, C]; in D
+    normed; the blocks' decays [chunks, HV, C / 16 + 1, KP] fp32; the blocks on the diagonal of Aqk [chunks, HV, C, C]; in D
     [chunks, HV, C, N] fp32, each row's half of the inverse, those on its diagonal; and row_scales [chunks, HV, 2, C]:
     scale / norm of q, 1 / norm of k."""
     PARTS: tl.constexpr = C // 16 // L
@@ -46,18 +46,21 @@ def block_scores_kernel(
     Qb += base * C * KP
     Eb += base * C * KP
     Kb += base * C * KP
-    decays += base * (C // 16) * KP
+    decays += base * (C // 16 + 1) * KP
     row_scales += base * 2 * C
     i, r = part * L * 16 + tl.arange(0, L * 16), tl.arange(0, 16)
     block, row, col = part * L + tl.arange(0, L)[:, None, None], r[None, :, None], r[None, None, :]
     S, T = tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32)
     S_leaf, T_leaf = tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32)
     qq, kk, qk = tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32), tl.zeros([L, 16, 16], tl.float32)
+    d = tl.arange(0, BK)[None, :]
+    g_next = tl.load(g + i[:, None] * (HV * K) + d, (i[:, None] < rows) & (d < K), 0.0)
     for s in range(0, KP, BK):
         d = s + tl.arange(0, BK)[None, :]
         mask = (i[:, None] < rows) & (d < K)
         at, at_hv = i[:, None] * (H * K) + d, i[:, None] * (HV * K) + d
-        gs = tl.load(g + at_hv, mask, 0.0)
+        gs = g_next
+        g_next = tl.load(g + at_hv + BK, mask & (d + BK < K), 0.0)
         q_raw, k_raw = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0)
         b_raw = gate(tl.load(b + at_hv, mask, 0.0), B_RANGE)
         gs = gs.to(tl.float32)
@@ -129,7 +132,6 @@ def _to_chunk_ends(
     tl.store(Qg + at, (qb * head[None, :] * q_scale).to(DOT))
     tl.store(Eg + at, (eb * head[None, :] * k_scale).to(DOT))
     tl.store(Kt + at, (kb * tail[None, :] * k_scale).to(DOT))
-    return qb, eb, kb
 
 
 @triton.jit
@@ -156,7 +158,7 @@ def chunk_scores_kernel(
     STAGES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Reads what block_scores_kernel wrote. Writes Qg, Eg, Kt [chunks, HV, C, KP], A and the rest of Aqk
-    [chunks, HV, C, C]; for the backward pass across_out [chunks, HV, 3, N, KP], N = C / 2, what meets across the
+    [chunks, HV, C, C], and in the last row of decays the chunk's; for the backward pass across_out [chunks, HV, 3, N, KP], N = C / 2, what meets across the
     halves: k of the first, decayed to its end, q and e of the second, decayed from its start."""
     N: tl.constexpr = C // 2
     n, hv = tl.program_id(0), tl.program_id(1)
@@ -169,7 +171,7 @@ def chunk_scores_kernel(
     Qg += base * C * KP
     Eg += base * C * KP
     Kt += base * C * KP
-    decays += base * (C // 16) * KP
+    decays += base * (C // 16 + 1) * KP
     row_scales += base * 2 * C
     A += base * C * C
     Aqk += base * C * C
@@ -184,7 +186,7 @@ def chunk_scores_kernel(
     S, T = tl.zeros([N, N], tl.float32), tl.zeros([N, N], tl.float32)
     for s in tl.range(0, KP, BK, num_stages=STAGES):
         d = s + tl.arange(0, BK)
-        at = row * KP + d[None, :]
+        at, at16 = row * KP + d[None, :], tl.arange(0, 16)[:, None] * KP + d[None, :]
         q2, e2, k1 = tl.load(Qb + N * KP + at), tl.load(Eb + N * KP + at), tl.load(Kb + at)
         d0, d1, one = tl.load(decays + d), tl.load(decays + KP + d), tl.full([BK], 1.0, tl.float32)
         if N == 32:
@@ -200,19 +202,24 @@ def chunk_scores_kernel(
             tl.store(across_out + 2 * N * KP + at, e2)
 
         if N == 32:
-            q, e, k = _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 0, d, one, d1 * d2 * d3, KP, C, DOT)
-            y = tl.trans(k)
-            q, e, k = _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 1, d, d0, d2 * d3, KP, C, DOT)
-            S_first = tl.dot(q, y, S_first, input_precision=PRECISION)
-            T_first = tl.dot(e, y, T_first, input_precision=PRECISION)
-            q, e, k = _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 2, d, d0 * d1, d3, KP, C, DOT)
-            y = tl.trans(k)
-            q, e, k = _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 3, d, d0 * d1 * d2, one, KP, C, DOT)
-            S_second = tl.dot(q, y, S_second, input_precision=PRECISION)
-            T_second = tl.dot(e, y, T_second, input_precision=PRECISION)
+            first, third = 16 * KP + at16, 48 * KP + at16
+            y = tl.trans(tl.load(Kb + at16))
+            S_first = tl.dot(tl.load(Qb + first), y, S_first, input_precision=PRECISION)
+            T_first = tl.dot(tl.load(Eb + first), y, T_first, input_precision=PRECISION)
+            y = tl.trans(tl.load(Kb + 32 * KP + at16))
+            S_second = tl.dot(tl.load(Qb + third), y, S_second, input_precision=PRECISION)
+            T_second = tl.dot(tl.load(Eb + third), y, T_second, input_precision=PRECISION)
+            _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 0, d, one, d1 * d2 * d3, KP, C, DOT)
+            _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 1, d, d0, d2 * d3, KP, C, DOT)
+            _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 2, d, d0 * d1, d3, KP, C, DOT)
+            _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 3, d, d0 * d1 * d2, one, KP, C, DOT)
         else:
             _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 0, d, one, d1, KP, C, DOT)
             _to_chunk_ends(Qb, Eb, Kb, Qg, Eg, Kt, row_scales, 1, d, d0, one, KP, C, DOT)
+        whole = d0 * d1
+        if N == 32:
+            whole *= d2 * d3
+        tl.store(decays + (C // 16) * KP + d, whole)
 
     if N == 32:
         _couple(S_first, T_first, D, A, Aqk, row_scales, 0, C, DOT, PRECISION)

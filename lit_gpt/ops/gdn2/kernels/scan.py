@@ -13,7 +13,7 @@ Backward, from the last chunk to the first, dS' the gradient of the state after 
 import triton
 import triton.language as tl
 
-from .decay import chunk_decay, gate, gate_backward
+from .decay import gate, gate_backward
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def forward_scan_kernel(
     HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     BV: tl.constexpr,
     HAS_INITIAL: tl.constexpr, WANT_FINAL: tl.constexpr, SAVE: tl.constexpr, W_RANGE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads Qg, Eg, Kt, A, Aqk, decays, v, w, initial_state. Writes o [T, HV, V], final_state [N, HV, K, V]; with SAVE
     also, for the backward pass, the state before each chunk S_out [chunks, HV, KP, VP] and R_out [chunks, HV, C,
@@ -38,27 +38,34 @@ def forward_scan_kernel(
     S = tl.zeros([KP, BV], tl.float32)
     if HAS_INITIAL:
         S += tl.load(initial_state + at_state, in_state, 0.0)
-    for m in tl.range(0, tl.cdiv(end - begin, C), num_stages=STAGES):
+    at = ((begin + i) * HV + hv)[:, None] * V + c[None, :]
+    live = (begin + i < end)[:, None] & (c < V)[None, :]
+    z_next = tl.load(v + at, live, 0.0).to(tl.float32) * gate(tl.load(w + at, live, 0.0), W_RANGE).to(tl.float32)
+    for m in range(0, tl.cdiv(end - begin, C)):
         base = (chunk0 + m) * HV + hv
         token = begin + m * C + i
+        at = (token * HV + hv)[:, None] * V + c[None, :]
         rows_k = base * C * KP + i[:, None] * KP + d[None, :]
         rows_c = base * C * C + i[:, None] * C + i[None, :]
         eg, qg = tl.load(Eg + rows_k), tl.load(Qg + rows_k)
         kt = tl.load(Kt + base * C * KP + i[None, :] * KP + d[:, None])
         a, aqk = tl.load(A + rows_c), tl.load(Aqk + rows_c)
-        gamma = chunk_decay(decays + base * (C // 16) * KP + d, KP, C // 16)
-        at = (token * HV + hv)[:, None] * V + c[None, :]
-        live = (token < end)[:, None] & (c < V)[None, :]
-        z = tl.load(v + at, live, 0.0).to(tl.float32) * gate(tl.load(w + at, live, 0.0), W_RANGE).to(tl.float32)
+        decay = tl.load(decays + (base * (C // 16 + 1) + C // 16) * KP + d)
+        z = z_next
 
         s = S.to(DOT)
         if SAVE:
             tl.store(S_out + base * KP * VP + d[:, None] * VP + c[None, :], s)
         x = (z - tl.dot(eg, s, input_precision=PRECISION)).to(DOT)
+        # The next chunk's v and w wait in registers, where z was: the shared memory holds three stages of the dots'
+        # operands, which leaves no room for them.
+        live = (token + C < end)[:, None] & (c < V)[None, :]
+        v_next, w_next = tl.load(v + at + C * HV * V, live, 0.0), tl.load(w + at + C * HV * V, live, 0.0)
         r = tl.dot(a, x, input_precision=PRECISION).to(DOT)
         out = tl.dot(aqk, r, tl.dot(qg, s, input_precision=PRECISION), input_precision=PRECISION)
-        S = tl.dot(kt, r, S * gamma[:, None], input_precision=PRECISION)
-        tl.store(o + at, out.to(o.dtype.element_ty), live)
+        S = tl.dot(kt, r, S * decay[:, None], input_precision=PRECISION)
+        z_next = v_next.to(tl.float32) * gate(w_next, W_RANGE).to(tl.float32)
+        tl.store(o + at, out.to(o.dtype.element_ty), (token < end)[:, None] & (c < V)[None, :])
         if SAVE:
             tl.store(R_out + base * C * VP + i[:, None] * VP + c[None, :], r)
     if WANT_FINAL:
@@ -97,7 +104,7 @@ def backward_scan_kernel(
         columns_c = base * C * C + i[None, :] * C + i[:, None]
         qg, eg = tl.load(Qg + columns_k), tl.load(Eg + columns_k)
         a, aqk = tl.load(A + columns_c), tl.load(Aqk + columns_c)
-        gamma = chunk_decay(decays + base * (C // 16) * KP + d, KP, C // 16)
+        decay = tl.load(decays + (base * (C // 16 + 1) + C // 16) * KP + d)
         at = (token * HV + hv)[:, None] * V + c[None, :]
         live = (token < end)[:, None] & (c < V)[None, :]
         dout = tl.load(do + at, live, 0.0).to(DOT)
@@ -108,7 +115,7 @@ def backward_scan_kernel(
         tl.store(dS_out + base * KP * VP + d[:, None] * VP + c[None, :], ds)
         dr = tl.dot(kt, ds, tl.dot(aqk, dout, input_precision=PRECISION), input_precision=PRECISION)
         dz = tl.dot(a, dr.to(DOT), input_precision=PRECISION)
-        dS = tl.dot(qg, dout, dS * gamma[:, None], input_precision=PRECISION)
+        dS = tl.dot(qg, dout, dS * decay[:, None], input_precision=PRECISION)
         dS = tl.dot(eg, (-dz).to(DOT), dS, input_precision=PRECISION)
         tl.store(dZ_out + base * C * VP + i[:, None] * VP + c[None, :], dz.to(DOT))
         tl.store(dv + at, (dz * ws).to(dv.dtype.element_ty), live)
