@@ -28,9 +28,9 @@ def block_scores_kernel(
     L2NORM: tl.constexpr, GATE: tl.constexpr, B_RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k [T, H, K], b, g [T, HV, K]. Writes Qb, Eb, Kb [chunks, HV, C, KP] of q, e, k as they come, not yet
-    normed; the blocks' decays [chunks, HV, C / 16 + 1, KP] fp32; the blocks on the diagonal of Aqk [chunks, HV, C, C]; in D
-    [chunks, HV, C, N] fp32, each row's half of the inverse, those on its diagonal; and row_scales [chunks, HV, 2, C]:
-    scale / norm of q, 1 / norm of k."""
+    normed; the blocks' decays [chunks, HV, C / 16 + 1, KP] fp32; the blocks on the diagonal of Aqk [chunks, HV, C, C];
+    in D [chunks, HV, C, N] fp32, each row's half of the inverse, those on its diagonal; and row_scales
+    [chunks, HV, 2, C]: scale / norm of q, 1 / norm of k."""
     PARTS: tl.constexpr = C // 16 // L
     n, part, hv = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     h = hv // (HV // H)
@@ -158,8 +158,9 @@ def chunk_scores_kernel(
     STAGES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Reads what block_scores_kernel wrote. Writes Qg, Eg, Kt [chunks, HV, C, KP], A and the rest of Aqk
-    [chunks, HV, C, C], and in the last row of decays the chunk's; for the backward pass across_out [chunks, HV, 3, N, KP], N = C / 2, what meets across the
-    halves: k of the first, decayed to its end, q and e of the second, decayed from its start."""
+    [chunks, HV, C, C], and in the last row of decays the chunk's; for the backward pass across_out
+    [chunks, HV, 3, N, KP], N = C / 2, what meets across the halves: k of the first, decayed to its end, q and e of the
+    second, decayed from its start."""
     N: tl.constexpr = C // 2
     n, hv = tl.program_id(0), tl.program_id(1)
     if tl.load(chunk_rows + n) == 0:
