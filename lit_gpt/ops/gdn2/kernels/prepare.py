@@ -59,6 +59,7 @@ def block_scores_kernel(
         d = s + tl.arange(0, BK)[None, :]
         mask = (i[:, None] < rows) & (d < K)
         at, at_hv = i[:, None] * (H * K) + d, i[:, None] * (HV * K) + d
+        # A step ahead by hand: the software pipeline would copy g four bytes at a time, to suit the product's layout.
         gs = g_next
         g_next = tl.load(g + at_hv + BK, mask & (d + BK < K), 0.0)
         q_raw, k_raw = tl.load(q + at, mask, 0.0), tl.load(k + at, mask, 0.0)
@@ -203,6 +204,7 @@ def chunk_scores_kernel(
             tl.store(across_out + 2 * N * KP + at, e2)
 
         if N == 32:
+            # Loaded apart from what is stored below: used in products alone, shared memory holds them swizzled.
             first, third = 16 * KP + at16, 48 * KP + at16
             y = tl.trans(tl.load(Kb + at16))
             S_first = tl.dot(tl.load(Qb + first), y, S_first, input_precision=PRECISION)
