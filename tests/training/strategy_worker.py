@@ -54,7 +54,7 @@ def check(fabric, layout: Layout, tied: bool) -> None:
         assert torch.equal(whole(model.module.get_parameter(name)), parameter), name
 
     generator = torch.Generator().manual_seed(1)
-    for atol in (1e-6, 1e-5):  # after a step, Adam has divided by what is next to nothing
+    for _ in range(2):
         ids = torch.randint(0, 50, (fabric.world_size * MICRO_BATCHES, LENGTH), generator=generator)
         mine = ids.chunk(fabric.world_size)[fabric.global_rank]
         for i, row in enumerate(mine.split(1)):
@@ -66,17 +66,17 @@ def check(fabric, layout: Layout, tied: bool) -> None:
         torch.testing.assert_close(norm, expected_norm, rtol=1e-5, atol=0)  # the gradient of the global batch
         for name, parameter in reference.named_parameters():
             ours = model.module.get_parameter(name)
-            torch.testing.assert_close(whole(ours.grad), parameter.grad, rtol=1e-4, atol=atol)
+            torch.testing.assert_close(whole(ours.grad), parameter.grad, rtol=1e-4, atol=1e-6)
         wrapped.step()
         expected.step()
         states = (model.module.parameters(), [p.grad for p in model.module.parameters()], moments(optimizer))
         taken = [sum(nbytes(t) for t in tensors) for tensors in states]
         wrapped.zero_grad()
         expected.zero_grad()
-    for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(
-            whole(model.module.get_parameter(name)), parameter, rtol=1e-3, atol=2e-4
-        )  # Adam divides by what is next to nothing
+        for name, parameter in reference.named_parameters():
+            ours = whole(model.module.get_parameter(name))
+            torch.testing.assert_close(ours, parameter, rtol=1e-3, atol=2e-4)  # Adam divides by what is next to nothing
+            parameter.data.copy_(ours)  # the next gradients are then of the same weights
 
     memory = estimate(config, layout, LENGTH, LENGTH, "none", cuda=False, documents=False)
     if fabric.is_global_zero:  # the fullest

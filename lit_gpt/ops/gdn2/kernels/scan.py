@@ -40,7 +40,7 @@ def forward_scan_kernel(
         S += tl.load(initial_state + at_state, in_state, 0.0)
     at = ((begin + i) * HV + hv)[:, None] * V + c[None, :]
     live = (begin + i < end)[:, None] & (c < V)[None, :]
-    z_next = tl.load(v + at, live, 0.0).to(tl.float32) * gate(tl.load(w + at, live, 0.0), W_RANGE).to(tl.float32)
+    z = tl.load(v + at, live, 0.0).to(tl.float32) * gate(tl.load(w + at, live, 0.0), W_RANGE).to(tl.float32)
     for m in range(0, tl.cdiv(end - begin, C)):
         base = (chunk0 + m) * HV + hv
         token = begin + m * C + i
@@ -51,7 +51,6 @@ def forward_scan_kernel(
         kt = tl.load(Kt + base * C * KP + i[None, :] * KP + d[:, None])
         a, aqk = tl.load(A + rows_c), tl.load(Aqk + rows_c)
         decay = tl.load(decays + (base * (C // 16 + 1) + C // 16) * KP + d)
-        z = z_next
 
         s = S.to(DOT)
         if SAVE:
@@ -64,7 +63,7 @@ def forward_scan_kernel(
         r = tl.dot(a, x, input_precision=PRECISION).to(DOT)
         out = tl.dot(aqk, r, tl.dot(qg, s, input_precision=PRECISION), input_precision=PRECISION)
         S = tl.dot(kt, r, S * decay[:, None], input_precision=PRECISION)
-        z_next = v_next.to(tl.float32) * gate(w_next, W_RANGE).to(tl.float32)
+        z = v_next.to(tl.float32) * gate(w_next, W_RANGE).to(tl.float32)
         tl.store(o + at, out.to(o.dtype.element_ty), (token < end)[:, None] & (c < V)[None, :])
         if SAVE:
             tl.store(R_out + base * C * VP + i[:, None] * VP + c[None, :], r)
