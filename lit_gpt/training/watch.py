@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Optional
 
 PATIENCE = 3  # how much longer than a step may the first step, an evaluation block or a save take
+GRACE = 10.0  # seconds for which a rank that noticed a hang stays, as its end would fail those that are about to
 
 
 class Watch:
@@ -23,7 +25,7 @@ class Watch:
 
     Args:
         path: where the stacks go.
-        exit_code: what to end with at a hang; None goes on watching.
+        exit_code: what to end with at a hang, unless there is life again within GRACE; None goes on watching.
     """
 
     def __init__(self, path: Path, rank: int, minutes: float, exit_code: Optional[int]):
@@ -43,10 +45,12 @@ class Watch:
         faulthandler.register(signal.SIGQUIT, file=sys.__stderr__, all_threads=True)
         return self
 
-    def __exit__(
-        self, kind: Optional[type], error: Optional[BaseException], traceback: Optional[TracebackType]
-    ) -> None:
+    def __exit__(self, kind: Optional[type], error: Optional[BaseException], trace: Optional[TracebackType]) -> None:
         faulthandler.unregister(signal.SIGQUIT)
+        if error is None:
+            self._reported = False
+        elif self._reported and self.exit_code is not None:  # most likely another rank has left, at the same hang
+            traceback.print_exception(error)
         self._ended.set()
         if self.minutes:
             self._thread.join()
@@ -58,7 +62,9 @@ class Watch:
                 self._reported = True
                 self._report(silent)
                 if self.exit_code is not None:
-                    os._exit(self.exit_code)
+                    self._ended.wait(min(GRACE, self._limit))
+                    if self._reported:
+                        os._exit(self.exit_code)
 
     def _report(self, silent: float) -> None:
         where = f"in {self.path}"
@@ -74,5 +80,6 @@ class Watch:
             where = "printed above"
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         text = f"rank {self.rank}: nothing done for {silent:.0f} seconds; the stacks of its threads are {where}"
-        end = "" if self.exit_code is None else ". Exiting: the same command goes on from the newest checkpoint"
-        print(f"{text}{end}.", file=sys.stderr, flush=True)
+        if self.exit_code is not None:
+            text += ". Exiting, if it lasts: the same command goes on from the newest checkpoint"
+        print(f"{text}.", file=sys.stderr, flush=True)

@@ -250,7 +250,7 @@ pretrain.accumulate = accumulate
 
 
 def test_a_hang_leaves_the_stacks_of_every_rank(command, folder):
-    flags = {"micro_batch_size": 1, "hang_minutes": 0.03, "hang_exit": "true"}
+    flags = {"micro_batch_size": 1, "hang_minutes": 0.06, "hang_exit": "true"}
     results = run_ranks(2, HANG, command(**flags))
     assert [code for code, _, _ in results] == [75, 75]
     for rank, (_, _, err) in enumerate(results):

@@ -39,15 +39,37 @@ def test_life_and_patience_keep_it_quiet(tmp_path):
     assert not path.exists()
 
 
+def end_of(path, *lines):
+    """Exit code and standard error of a program that does `lines` under a watch of 0.6 seconds that ends it with 75."""
+    program = ["import sys, time", "from pathlib import Path", "from lit_gpt.training.watch import Watch"]
+    program += ["with Watch(Path(sys.argv[1]), 0, 0.01, exit_code=75) as watch:", "    watch.beat()"]
+    program = "\n".join(program + ["    " + line for line in lines])
+    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
 def test_a_hang_may_end_the_process(tmp_path):
-    program = "import sys, time\nfrom pathlib import Path\nfrom lit_gpt.training.watch import Watch\n"
-    program += "with Watch(Path(sys.argv[1]), 0, 0.01, exit_code=75) as watch:\n    watch.beat()\n    time.sleep(60)\n"
     path = tmp_path / "rank0.txt"
-    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 75 and "Exiting: the same command goes on" in done.stderr and path.exists()
-    path = path / "not a folder" / "rank0.txt"
-    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 75 and "in <module>" in done.stderr and "printed above. Exiting" in done.stderr
+    code, err = end_of(path, "time.sleep(60)")
+    assert code == 75 and "Exiting, if it lasts: the same command goes on" in err and path.exists()
+    code, err = end_of(path / "not a folder" / "rank0.txt", "time.sleep(60)")
+    assert code == 75 and "in <module>" in err and "printed above. Exiting" in err
+
+
+def test_a_rank_that_loses_another_after_reporting_a_hang_ends_like_it(tmp_path):
+    wait = "while not Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    code, err = end_of(tmp_path / "1", wait, "raise RuntimeError('connection closed by peer')")
+    assert code == 75 and "RuntimeError: connection closed by peer" in err
+    code, err = end_of(tmp_path / "2", "raise RuntimeError('no hang before it')")
+    assert code == 1 and "RuntimeError: no hang before it" in err and "nothing done" not in err
+
+
+def test_life_after_a_report_keeps_the_process(tmp_path):
+    wait = "while not Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    code, err = end_of(tmp_path / "1", wait, "for _ in range(20): watch.beat(); time.sleep(0.1)", "sys.exit(3)")
+    assert code == 3 and "nothing done" in err
+    code, err = end_of(tmp_path / "2", wait)  # its last step took long, and was the last
+    assert code == 0 and "nothing done" in err
 
 
 def test_sigquit_prints_the_stacks_at_any_time(tmp_path):
