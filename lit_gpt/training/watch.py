@@ -47,9 +47,9 @@ class Watch:
 
     def __exit__(self, kind: Optional[type], error: Optional[BaseException], trace: Optional[TracebackType]) -> None:
         faulthandler.unregister(signal.SIGQUIT)
-        if error is None:
+        if not isinstance(error, RuntimeError):  # what a collective raises when it loses a rank: to the same hang
             self._reported = False
-        elif self._reported and self.exit_code is not None:  # most likely another rank has left, at the same hang
+        if self._reported and self.exit_code is not None:
             traceback.print_exception(error)
         self._ended.set()
         if self.minutes:

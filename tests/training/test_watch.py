@@ -68,7 +68,9 @@ def test_life_after_a_report_keeps_the_process(tmp_path):
     wait = "while not Path(sys.argv[1]).exists(): time.sleep(0.01)"
     code, err = end_of(tmp_path / "1", wait, "for _ in range(20): watch.beat(); time.sleep(0.1)", "sys.exit(3)")
     assert code == 3 and "nothing done" in err
-    code, err = end_of(tmp_path / "2", wait)  # its last step took long, and was the last
+    code, err = end_of(tmp_path / "2", wait, "from lit_gpt.errors import UserError", "raise UserError('its own')")
+    assert code == 1 and "UserError: its own" in err and "nothing done" in err
+    code, err = end_of(tmp_path / "3", wait)  # its last step took long, and was the last
     assert code == 0 and "nothing done" in err
 
 
