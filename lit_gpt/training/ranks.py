@@ -27,6 +27,8 @@ from lit_gpt.training.leaving import EXIT_CODE, SIGNALS
 
 GRACE = 10.0
 """Seconds in which ranks end by themselves after one has failed."""
+LAST = 60.0
+"""Seconds in which they do after one has ended well, or left: they all meet before that, unless one is stuck."""
 FIRST_ERROR = "first error"
 """Where the store keeps `<rank> <exit code>` of the rank that failed first."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -71,10 +73,12 @@ def _free_port() -> int:
 
 
 def _exit_code(ranks: list[subprocess.Popen]) -> int:
-    """Wait until all have ended, or one has failed and the others had time to; the first failure counts."""
+    """Wait until all have ended, or one has and the others had time to; the first failure counts."""
     failed, deadline = None, math.inf
     while True:
         codes = [rank.poll() for rank in ranks]
+        if deadline == math.inf and codes.count(None) < len(codes):
+            deadline = time.monotonic() + LAST
         if failed is None:
             failed = next((i for i, code in enumerate(codes) if code not in (None, 0, EXIT_CODE)), None)
             if failed is not None:
@@ -86,7 +90,10 @@ def _exit_code(ranks: list[subprocess.Popen]) -> int:
         if None not in codes or time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    code = max(codes) if failed is None else codes[failed]
+    if failed is None and None in codes:
+        text = f"rank {codes.index(None)} of this machine had not ended {LAST:.0f} seconds after another: killed."
+        print(text, file=sys.stderr, flush=True)
+    code = max(code for code in codes if code is not None) if failed is None else codes[failed]
     return code if code >= 0 else 128 - code
 
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,16 @@ def agent_of(script: subprocess.Popen) -> int:
     raise AssertionError("no torchrun")
 
 
+def rank_of(script: subprocess.Popen, rank: int) -> int:
+    """The process of a rank that a script's torchrun has started."""
+    for process in below(script.pid):
+        proc = Path(f"/proc/{process}")
+        is_rank = f"LOCAL_RANK={rank}".encode() in (proc / "environ").read_bytes().split(b"\0")
+        if is_rank and b"pretrain.py\0--nnodes" in (proc / "cmdline").read_bytes():
+            return process
+    raise AssertionError(f"no rank {rank}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["the node of the endpoint", "the other node"])
 def test_a_killed_agent_is_restarted_and_the_run_goes_on_bit_for_bit(victim, start, undisturbed, tmp_path):
@@ -142,7 +153,8 @@ def test_a_second_signal_ends_everything_at_once(start, tmp_path):
     assert wait_until(lambda: len(losses(folder)) >= 10, 240), (tmp_path / "node0.log").read_text()
     everything = below(scripts[0].pid)
     for child in everything:  # so that the first signal finds nobody who could leave
-        os.kill(child, signal.SIGSTOP)
+        with suppress(ProcessLookupError):  # the script's own `sleep 1`
+            os.kill(child, signal.SIGSTOP)
     scripts[0].send_signal(signal.SIGTERM)
     time.sleep(0.5)
     scripts[0].send_signal(signal.SIGTERM)
@@ -151,4 +163,23 @@ def test_a_second_signal_ends_everything_at_once(start, tmp_path):
         if Path(f"/proc/{child}").exists():
             os.kill(child, signal.SIGCONT)
     assert scripts[0].wait(timeout=30) not in (0, 2, 75)
+    assert wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in everything), 10)
+
+
+@pytest.mark.slow
+def test_a_frozen_worker_is_not_waited_for_when_the_other_leaves_a_hang(long_run, tmp_path):
+    folder = tmp_path / "outputs" / "debug_frozen"
+    flags = ["--exp_name=frozen", f"--output_root={tmp_path}", "--hang_minutes=0.1", "--hang_exit=true"]
+    command = [SCRIPT, "--nproc_per_node", "2", *long_run, *flags]
+    with open(tmp_path / "log", "ab") as log:
+        script = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
+    said = lambda: (tmp_path / "log").read_text()
+    try:
+        assert wait_until(lambda: len(losses(folder)) >= 10, 120), said()
+        everything = below(script.pid)
+        os.kill(rank_of(script, 1), signal.SIGSTOP)
+        assert script.wait(timeout=150) == 75, said()
+    finally:
+        script.kill()
+    assert "rank 0: nothing done for" in said() and "had not ended 60 seconds after another left: killed." in said()
     assert wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in everything), 10)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt.training import ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 SUPERVISOR = "import sys; from lit_gpt.training.ranks import supervise; sys.exit(supervise(sys.argv[1:], 1, 2))"
 RANK = """
@@ -85,6 +87,13 @@ def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_
     assert end(process) == (75, "")
 
 
+def test_a_frozen_rank_is_not_waited_for_when_the_other_has_left(monkeypatch, capfd):
+    monkeypatch.setattr(ranks, "LAST", 0.5)
+    rank = "import os, signal; os.environ['LOCAL_RANK'] == '1' or os.kill(os.getpid(), signal.SIGSTOP); os._exit(75)"
+    assert ranks.supervise([sys.executable, "-c", rank], 1, 2) == 75
+    assert "rank 0 of this machine had not ended" in capfd.readouterr().err
+
+
 def test_what_nohup_has_it_ignore_ends_no_rank():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -100,13 +109,13 @@ def test_what_nohup_has_it_ignore_ends_no_rank():
 def test_a_kill_leaves_nobody_behind(victim):
     process = start("say(os.getpid()); time.sleep(50)")
     lines = filter(str.isdigit, map(str.strip, iter(process.stdout.readline, "")))
-    ranks = [int(next(lines)), int(next(lines))]
-    os.kill(ranks[1] if victim == "rank" else process.pid, signal.SIGKILL)
+    pids = [int(next(lines)), int(next(lines))]
+    os.kill(pids[1] if victim == "rank" else process.pid, signal.SIGKILL)
     code, err = end(process)
     if victim == "rank":
         assert code == 128 + signal.SIGKILL and "of this machine was ended by SIGKILL." in err
     deadline = time.monotonic() + 10
-    while any(_runs(pid) for pid in ranks):
+    while any(_runs(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
