@@ -17,7 +17,7 @@ from lit_gpt.training.checkpoint_manifest import complete_checkpoints, damage
 from tests.runs import command_line, files_in, forks, losses, train_quietly
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = 60
+KILLS = 50
 KILLS_IN_A_RUN = 6
 """Then it is left to finish, and another run begins."""
 FLAGS = {"save_step_interval": 2, "keep_checkpoints": 2, "total_tokens": 80 * 128}
