@@ -112,11 +112,15 @@ pass_on() { # signal
 }
 watch() { # agent: a worker that hangs too deep to leave with the others is not waited for
     local seconds=0
-    while [ $seconds -lt 60 ]; do
+    while kill -0 "$1" 2>/dev/null; do
+        if [ $seconds = 60 ]; then
+            echo "a worker of this machine had not ended 60 seconds after another left: killed." >&2
+            kill -s KILL "$1"
+            break
+        fi
         sleep 1
         ! compgen -G "$told/left-*" >/dev/null || seconds=$((seconds + 1))
     done
-    kill -s KILL "$1"
 }
 trap 'pass_on TERM' TERM HUP # the latter when the terminal goes, unless nohup has this script ignore it
 trap 'pass_on INT' INT
@@ -128,16 +132,10 @@ while :; do
     setsid "$PYTHON" -m torch.distributed.run "${meet[@]}" --nproc_per_node "$nproc" --max_restarts "$max_restarts" \
         --no-python bash -c 'worker "$@"' worker "$@" &
     agent=$!
-    watch "$agent" </dev/null >/dev/null 2>&1 &
-    watching=$!
-    disown "$watching" # its end is nothing to tell of
+    watch "$agent" &
     wait "$agent"
     code=$?
     while kill -0 "$agent" 2>/dev/null; do wait "$agent" && code=0 || code=$?; done # a signal ends a wait early
-    kill -s KILL "$watching" 2>/dev/null
-    if compgen -G "$told/left-*" >/dev/null && compgen -G "$told/worker-*" >/dev/null; then
-        echo "a worker of this machine had not ended 60 seconds after another left: killed." >&2
-    fi
     to_workers KILL worker # those of a torchrun that was itself killed
     to_workers KILL starting
 

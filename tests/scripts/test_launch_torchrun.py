@@ -79,32 +79,27 @@ def start(long_run, tmp_path):
     for script in started:
         if script.poll() is None:
             for process in [script.pid, *below(script.pid)]:
-                os.kill(process, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             script.wait()
 
 
 def below(parent: int) -> list[int]:
     """Every process that comes from this one."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [process for child in map(int, children) for process in [child, *below(child)]]
+    children = ""
+    with suppress(OSError):  # it may be over by now, as the script's `sleep 1` soon is
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    return [process for child in map(int, children.split()) for process in [child, *below(child)]]
 
 
-def agent_of(script: subprocess.Popen) -> int:
-    """The torchrun that a script has started."""
-    for process in below(script.pid):
-        if b"torch.distributed.run" in Path(f"/proc/{process}/cmdline").read_bytes():
-            return process
-    raise AssertionError("no torchrun")
-
-
-def rank_of(script: subprocess.Popen, rank: int) -> int:
-    """The process of a rank that a script's torchrun has started."""
+def process_of(script: subprocess.Popen, command: bytes, variable: bytes = b"") -> int:
+    """The process below a script with this in its command line, and that in its environment."""
     for process in below(script.pid):
         proc = Path(f"/proc/{process}")
-        is_rank = f"LOCAL_RANK={rank}".encode() in (proc / "environ").read_bytes().split(b"\0")
-        if is_rank and b"pretrain.py\0--nnodes" in (proc / "cmdline").read_bytes():
-            return process
-    raise AssertionError(f"no rank {rank}")
+        with suppress(OSError):
+            if command in (proc / "cmdline").read_bytes() and variable in (proc / "environ").read_bytes():
+                return process
+    raise AssertionError(f"no {command}")
 
 
 @pytest.mark.slow
@@ -119,7 +114,7 @@ def test_a_killed_agent_is_restarted_and_the_run_goes_on_bit_for_bit(victim, sta
         assert done and len(losses(folder)) >= step, f"waited for step {step}\n{logs}"
 
     reaches(40)
-    os.kill(agent_of(scripts[victim]), signal.SIGKILL)
+    os.kill(process_of(scripts[victim], b"torch.distributed.run"), signal.SIGKILL)
     wait_until(lambda: "starting again" in (tmp_path / f"node{victim}.log").read_text(), 60)
     reached = len(losses(folder))
     reaches(reached + 30)
@@ -160,7 +155,7 @@ def test_a_second_signal_ends_everything_at_once(start, tmp_path):
     scripts[0].send_signal(signal.SIGTERM)
     time.sleep(0.5)
     for child in everything:
-        if Path(f"/proc/{child}").exists():
+        with suppress(ProcessLookupError):
             os.kill(child, signal.SIGCONT)
     assert scripts[0].wait(timeout=30) not in (0, 2, 75)
     assert wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in everything), 10)
@@ -177,7 +172,7 @@ def test_a_frozen_worker_is_not_waited_for_when_the_other_leaves_a_hang(long_run
     try:
         assert wait_until(lambda: len(losses(folder)) >= 10, 120), said()
         everything = below(script.pid)
-        os.kill(rank_of(script, 1), signal.SIGSTOP)
+        os.kill(process_of(script, b"pretrain.py\0--nnodes", b"LOCAL_RANK=1\0"), signal.SIGSTOP)
         assert script.wait(timeout=150) == 75, said()
     finally:
         script.kill()
