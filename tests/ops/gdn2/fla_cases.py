@@ -16,7 +16,7 @@ GDN2 = {"o": 5e-3, "ht": 5e-3, "dq": 1e-2, "dk": 1e-2, "dv": 1e-2, "dh0": 1e-2, 
 GDN2 |= {"dA_log": 2e-2, "ddt_bias": 2e-2}
 GDN2_PACKED = {**GDN2, "o": 6e-3, "ht": 6e-3, "dq": 1.2e-2, "dk": 1.2e-2, "dv": 1.2e-2, "dh0": 1.2e-2}
 KDA = {"o": 5e-3, "ht": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dh0": 8e-3, "dg": 2e-2, "db": 2e-2}
-KDA |= {"dA_log": 2e-2, "ddt_bias": 8e-3}  # of dA_log theirs only warn above 3e-3
+KDA |= {"dA_log": 8e-3, "ddt_bias": 8e-3}  # of dA_log theirs warn above 3e-3 and fail on nothing
 KDA_PACKED = {**KDA, "dg": 1.5e-2, "db": 1.5e-2}
 
 

@@ -234,7 +234,7 @@ def input_gradients_kernel(
         kf = ks * f_even
         yq, ye = qs * f_odd + kf, es * f_odd + kf
         P = dot_split(yq, tl.trans(wq), zero, PRECISION)
-        R = dot_split(ye, tl.trans(wt), zero, PRECISION)
+        R = tl.dot(ye.to(DOT), tl.trans(wt), input_precision=PRECISION)
         dgs = span_sum_transposed(spans_transposed, 2 + level, yq * P + ye * R, dgs, N, PRECISION)
         dqs += P * f_odd
         des += R * f_odd
