@@ -100,7 +100,7 @@ def test_a_run_moved_from_one_rank_to_four_shards_to_two_copies_goes_on_as_if_it
 
 def test_a_checkpoint_of_shards_is_read_by_whoever_reads_checkpoints(tmp_path, tiny_corpus, tiny_model, capsys):
     weights = []
-    for exp_name, flags in (("whole", {}), ("shards", {"devices": 4, "strategy": "fsdp2"})):
+    for exp_name, flags in (("whole", {}), ("shards", {"devices": 2, "strategy": "fsdp2"})):
         run(arguments(tmp_path, tiny_corpus, tiny_model, exp_name=exp_name, **flags))
         folder = tmp_path / "outputs" / f"debug_{exp_name}"
         model = GPT.from_name(str(tiny_model))

@@ -162,7 +162,6 @@ def undisturbed_by_two(tmp_path_factory, tiny_corpus, tiny_model):
     "to, number, step",
     [
         ("the command", signal.SIGTERM, 3),
-        ("the command", signal.SIGINT, 20),
         ("its group", signal.SIGINT, 7),
         ("rank 0", signal.SIGUSR1, 5),
         ("rank 1", signal.SIGTERM, 11),
