@@ -77,13 +77,14 @@ def test_a_rank_whose_output_nobody_reads_ends_all(printing):
     assert time.monotonic() - began < 40
 
 
-def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_all():
-    listen = "heard = []; signal.signal(signal.SIGUSR1, lambda *_: heard.append(1)); "
-    listen += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]); dist.barrier()\n"
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_rank_once_and_leaving_early_is_the_exit_code_of_all(number):
+    listen = f"heard = []; signal.signal({number:d}, lambda *_: heard.append(1)); "
+    listen += f"signal.pthread_sigmask(signal.SIG_UNBLOCK, [{number:d}]); dist.barrier()\n"
     body = listen + "    say('hears'); time.sleep(3); assert heard == [1]\n    sys.exit(75 if rank else 0)"
     process = start(body)
     assert "hears\n" in iter(process.stdout.readline, "")
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
     assert end(process) == (75, "")
 
 
