@@ -25,7 +25,7 @@ def decode_kernel(
     T, scale, lower_bound, b_range, w_range,
     q_b, q_t, q_h, q_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d,
     g_b, g_t, g_h, g_d, b_b, b_t, b_h, b_d, w_b, w_t, w_h, w_d,
-    bias_h, bias_d, i_n, i_h, i_k, i_v, s_n, s_h, s_k, s_v,
+    bias_h, bias_d, i_n, i_h, i_k: tl.constexpr, i_v: tl.constexpr, s_n, s_h, s_k: tl.constexpr, s_v: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     START: tl.constexpr, WANT_STATE: tl.constexpr, PACKED: tl.constexpr,
     L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr,
@@ -102,8 +102,10 @@ def recurrent_gdn2_fused(
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
     KP = triton.next_power_of_2(K)
-    # 32-byte pieces of the state's rows keep more of the device busy where there are few states; 128 bytes otherwise.
-    BV = 32 if sequences * HV * V >= 32 * 512 and KP <= 256 else 8
+    # One warp has no barriers to wait at. Narrow tiles keep the device busy where states are few, wide ones share the
+    # work on q, k, g and b; a thread's registers allow 32 of 128 rows.
+    columns = sequences * HV * V
+    BV = min(8 if columns < 8192 else 16 if columns < 65536 else 32, max(4096 // KP, 8))
     start = IN_PLACE if in_place else ZEROS if initial_state is None else GIVEN
     gate = 0 if not use_gate else 1 if lower_bound is None else 2
     if gate:
@@ -118,5 +120,6 @@ def recurrent_gdn2_fused(
         q, k, v, g, b, w, A_log, dt_bias, initial_state, cu_seqlens, o, state,
         T, scale, lower_bound or 0.0, b_range, w_range, *strides,
         H=H, HV=HV, K=K, KP=KP, V=V, BV=BV, START=start, WANT_STATE=state is not None, PACKED=cu_seqlens is not None,
-        L2NORM=l2norm, GATE=gate, SIGMOID=sigmoid_ranges is not None, num_warps=4,
+        L2NORM=l2norm, GATE=gate, SIGMOID=sigmoid_ranges is not None,
+        num_warps=max(1, KP // 256),
     )  # fmt: skip
