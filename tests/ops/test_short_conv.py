@@ -159,15 +159,15 @@ def test_kernels_are_registered_operators():
 def test_kernels_compile(arch):
     """In 16-byte or 8-byte accesses, bf16, documents and history."""
     pytest.importorskip("triton", reason="the kernels need Triton")
-    from lit_gpt.ops.short_conv.kernels import BC, BT, STAGES, WARPS, backward_kernel, forward_kernel
+    from lit_gpt.ops.short_conv import kernels as K
 
     bf16 = dict.fromkeys(("x", "history", "y0", "y1", "y2", "last", "dy0", "dy1", "dy2", "dx"), "*bf16")
     types = {**bf16, "weight": "*fp32", "dweight": "*fp32", "positions": "*i64"}
-    constants = {"C0": 256, "C1": 256, "C2": 512, "W": 4, "BT": BT, "BC": BC, "STAGES": STAGES, "HAS_POSITIONS": True}
-    constants |= {"HAS_HISTORY": True}
-    for kernel in (forward_kernel, backward_kernel):
-        named = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        assert compile_for(kernel, arch, types, named, WARPS).count("st.global.v") >= 4
+    constants = {"C0": 256, "C1": 256, "C2": 512, "W": 4, "BC": K.BC, "HAS_POSITIONS": True}
+    forward = {**constants, "BT": K.FORWARD_BT, "STAGES": K.FORWARD_STAGES, "HAS_HISTORY": True}
+    backward = {**constants, "BT": K.BACKWARD_BT, "STAGES": K.BACKWARD_STAGES}
+    for kernel, constants in ((K.forward_kernel, forward), (K.backward_kernel, backward)):
+        assert compile_for(kernel, arch, types, constants, K.WARPS).count("st.global.v") >= 4
 
 
 @pytest.mark.gpu

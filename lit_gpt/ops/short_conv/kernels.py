@@ -8,10 +8,10 @@ inputs (backward: also the sums for dx that are not yet complete) move through r
 element is loaded once, but for the few tokens that neighbouring programs share. Four tokens go at a time, all their
 loads first.
 
-Bytes per element of x, in 16 bits, with BT = 64:
-    forward  reads x (2, and 3/64 of it again), writes y (2): 4.1
-    backward reads x (2, 6/64 again), dy (2, 3/64 again), writes dx (2) and dw per program (16/64, fp32, read once
-             more to be added up in a fixed order): 6.8
+Bytes per element of x, in 16 bits:
+    forward,  BT = 64:  reads x (2, and 3/64 of it again), writes y (2): 4.1
+    backward, BT = 128: reads x (2, 6/128 again), dy (2, 3/128 again), writes dx (2) and dw per program (16/128, fp32,
+                        read once more to be added up in a fixed order): 6.4
 """
 
 from typing import Optional
@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BT, BC, WARPS, STAGES = 64, 128, 1, 1
+FORWARD_BT, FORWARD_STAGES = 64, 1
+BACKWARD_BT, BACKWARD_STAGES = 128, 3
+BC, WARPS = 128, 1
 
 
 @triton.jit
@@ -82,20 +84,40 @@ def input_before(x, history, t, c, at, width, x_t, h_t, HAS_HISTORY: tl.constexp
 
 
 @triton.jit
-def in_document(positions, t, T, x1, x2, x3, HAS_POSITIONS: tl.constexpr):
-    """The three values of the tokens before t, or weights for them; 0 for those of the document before."""
+def positions_of_four(positions, t, T, HAS_POSITIONS: tl.constexpr):
+    """Places in their documents of tokens t ... t + 3, and whether a tap of one of them reaches out of its own."""
     if HAS_POSITIONS:
-        p = tl.load(positions + t, t < T, 0)
+        p0, p1 = tl.load(positions + t, t < T, 3), tl.load(positions + t + 1, t + 1 < T, 3)
+        p2, p3 = tl.load(positions + t + 2, t + 2 < T, 3), tl.load(positions + t + 3, t + 3 < T, 3)
+        return p0, p1, p2, p3, tl.minimum(tl.minimum(p0, p1), tl.minimum(p2, p3)) < 3
+    else:
+        return 3, 3, 3, 3, False
+
+
+@triton.jit
+def in_document(p, x1, x2, x3, RESET: tl.constexpr):
+    """The three values of the tokens before place p, or weights for them; 0 for those of the document before."""
+    if RESET:
         x1, x2, x3 = tl.where(p >= 1, x1, 0.0), tl.where(p >= 2, x2, 0.0), tl.where(p >= 3, x3, 0.0)
     return x1, x2, x3
 
 
 @triton.jit
-def output(positions, t, T, x0, x1, x2, x3, w0, w1, w2, w3, HAS_POSITIONS: tl.constexpr):
-    """y_t."""
-    x1, x2, x3 = in_document(positions, t, T, x1, x2, x3, HAS_POSITIONS)
+def output(p, x0, x1, x2, x3, w0, w1, w2, w3, RESET: tl.constexpr):
+    """y of the token at place p."""
+    x1, x2, x3 = in_document(p, x1, x2, x3, RESET)
     u = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
     return u * tl.sigmoid(u)
+
+
+@triton.jit
+def four_outputs(p0, p1, p2, p3, r0, r1, r2, r3, x1, x2, x3, w0, w1, w2, w3, RESET: tl.constexpr):
+    """y of four tokens with inputs r0 ... r3, after x3, x2, x1."""
+    y0 = output(p0, r0, x1, x2, x3, w0, w1, w2, w3, RESET)
+    y1 = output(p1, r1, r0, x1, x2, w0, w1, w2, w3, RESET)
+    y2 = output(p2, r2, r1, r0, x1, w0, w1, w2, w3, RESET)
+    y3 = output(p3, r3, r2, r1, r0, w0, w1, w2, w3, RESET)
+    return y0, y1, y2, y3
 
 
 @triton.jit
@@ -123,10 +145,11 @@ def forward_kernel(
     for t in tl.range(t0, tl.minimum(t0 + BT, T), 4, num_stages=STAGES):
         r0, r1 = input_at(x, t, T, c, at, width, x_t), input_at(x, t + 1, T, c, at, width, x_t)
         r2, r3 = input_at(x, t + 2, T, c, at, width, x_t), input_at(x, t + 3, T, c, at, width, x_t)
-        out0 = output(positions, t, T, r0, x1, x2, x3, w0, w1, w2, w3, HAS_POSITIONS)
-        out1 = output(positions, t + 1, T, r1, r0, x1, x2, w0, w1, w2, w3, HAS_POSITIONS)
-        out2 = output(positions, t + 2, T, r2, r1, r0, x1, w0, w1, w2, w3, HAS_POSITIONS)
-        out3 = output(positions, t + 3, T, r3, r2, r1, r0, w0, w1, w2, w3, HAS_POSITIONS)
+        p0, p1, p2, p3, near = positions_of_four(positions, t, T, HAS_POSITIONS)
+        if near:
+            out0, out1, out2, out3 = four_outputs(p0, p1, p2, p3, r0, r1, r2, r3, x1, x2, x3, w0, w1, w2, w3, True)
+        else:
+            out0, out1, out2, out3 = four_outputs(p0, p1, p2, p3, r0, r1, r2, r3, x1, x2, x3, w0, w1, w2, w3, False)
         dtype = y0.dtype.element_ty
         tl.store(y + t * width, out0.to(dtype), live)
         tl.store(y + (t + 1) * width, out1.to(dtype), at < tl.where(t + 1 < T, width, 0))
@@ -149,18 +172,39 @@ def forward_kernel(
 
 @triton.jit
 def gradient_step(
-    positions, t, T, end, x0, x1, x2, x3, dout, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, HAS_POSITIONS: tl.constexpr
-):
-    """Token t's part: dx_{t-3}, now complete; the sums a_j for dw_j (of tokens before `end`); the sums d_j for
-    dx_{t+1-j} so far."""
-    x1, x2, x3 = in_document(positions, t, T, x1, x2, x3, HAS_POSITIONS)
+    p, inside, x0, x1, x2, x3, dout, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, RESET: tl.constexpr,
+):  # fmt: skip
+    """One token's part: dx of three tokens before, now complete; the sums a_j for dw_j (of tokens inside the program's
+    own); the sums d_j for dx of 1 - j tokens on, so far."""
+    x1, x2, x3 = in_document(p, x1, x2, x3, RESET)
     u = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
     s = tl.sigmoid(u)
     du = dout * s * (1.0 + u * (1.0 - s))
-    own = tl.where(t < end, du, 0.0)
+    own = tl.where(inside, du, 0.0)
     a0, a1, a2, a3 = a0 + own * x0, a1 + own * x1, a2 + own * x2, a3 + own * x3
-    w1, w2, w3 = in_document(positions, t, T, w1, w2, w3, HAS_POSITIONS)
+    w1, w2, w3 = in_document(p, w1, w2, w3, RESET)
     return d3 + w3 * du, a0, a1, a2, a3, w0 * du, d1 + w1 * du, d2 + w2 * du
+
+
+@triton.jit
+def four_gradients(
+    t, end, p0, p1, p2, p3, r0, r1, r2, r3, x1, x2, x3, g0, g1, g2, g3,
+    w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, RESET: tl.constexpr,
+):  # fmt: skip
+    """The parts of tokens t ... t + 3 with inputs r0 ... r3, after x3, x2, x1: dx of t - 3 ... t, and the sums."""
+    dx0, a0, a1, a2, a3, d1, d2, d3 = gradient_step(
+        p0, t < end, r0, x1, x2, x3, g0, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, RESET
+    )
+    dx1, a0, a1, a2, a3, d1, d2, d3 = gradient_step(
+        p1, t + 1 < end, r1, r0, x1, x2, g1, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, RESET
+    )
+    dx2, a0, a1, a2, a3, d1, d2, d3 = gradient_step(
+        p2, t + 2 < end, r2, r1, r0, x1, g2, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, RESET
+    )
+    dx3, a0, a1, a2, a3, d1, d2, d3 = gradient_step(
+        p3, t + 3 < end, r3, r2, r1, r0, g3, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, RESET
+    )
+    return dx0, dx1, dx2, dx3, a0, a1, a2, a3, d1, d2, d3
 
 
 @triton.jit
@@ -191,18 +235,17 @@ def backward_kernel(
         r2, r3 = input_at(x, t + 2, T, c, at, width, x_t), input_at(x, t + 3, T, c, at, width, x_t)
         g0, g1 = input_at(dy, t, T, at, at, width, width), input_at(dy, t + 1, T, at, at, width, width)
         g2, g3 = input_at(dy, t + 2, T, at, at, width, width), input_at(dy, t + 3, T, at, at, width, width)
-        dx0, a0, a1, a2, a3, d1, d2, d3 = gradient_step(
-            positions, t, T, end, r0, x1, x2, x3, g0, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, HAS_POSITIONS
-        )
-        dx1, a0, a1, a2, a3, d1, d2, d3 = gradient_step(
-            positions, t + 1, T, end, r1, r0, x1, x2, g1, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, HAS_POSITIONS
-        )
-        dx2, a0, a1, a2, a3, d1, d2, d3 = gradient_step(
-            positions, t + 2, T, end, r2, r1, r0, x1, g2, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, HAS_POSITIONS
-        )
-        dx3, a0, a1, a2, a3, d1, d2, d3 = gradient_step(
-            positions, t + 3, T, end, r3, r2, r1, r0, g3, w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, HAS_POSITIONS
-        )
+        p0, p1, p2, p3, near = positions_of_four(positions, t, T, HAS_POSITIONS)
+        if near:
+            dx0, dx1, dx2, dx3, a0, a1, a2, a3, d1, d2, d3 = four_gradients(
+                t, end, p0, p1, p2, p3, r0, r1, r2, r3, x1, x2, x3, g0, g1, g2, g3,
+                w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, True,
+            )  # fmt: skip
+        else:
+            dx0, dx1, dx2, dx3, a0, a1, a2, a3, d1, d2, d3 = four_gradients(
+                t, end, p0, p1, p2, p3, r0, r1, r2, r3, x1, x2, x3, g0, g1, g2, g3,
+                w0, w1, w2, w3, a0, a1, a2, a3, d1, d2, d3, False,
+            )  # fmt: skip
         dtype = dx.dtype.element_ty
         stop = tl.minimum(end, T)
         tl.store(dx + (t - 3) * C, dx0.to(dtype), at < tl.where(t > t0, width, 0))
@@ -226,15 +269,16 @@ def _launch(x: Tensor, weight: Tensor, positions: Optional[Tensor], history: Opt
     x = x if x.stride(2) == 1 else x.contiguous()
     pieces = [torch.empty(B, T, size, dtype=x.dtype, device=x.device) for size in sizes]
     last = history
-    if history is not None and T > BT:  # the first program reads the history while the last one writes
+    if history is not None and T > FORWARD_BT:  # the first program reads the history while the last one writes
         last = torch.empty_like(history)
     (C0, C1, C2), (y0, y1, y2) = _three(sizes, 0), _three(pieces, pieces[0])
     blocks = sum(triton.cdiv(size, BC) for size in sizes)
-    forward_kernel[(blocks, triton.cdiv(T, BT), B)](
+    forward_kernel[(blocks, triton.cdiv(T, FORWARD_BT), B)](
         x, weight.contiguous(), positions, history, y0, y1, y2, last,
         T, x.stride(0), x.stride(1), T, *((0, 0) if history is None else history.stride()[:2]),
-        C0=C0, C1=C1, C2=C2, W=W, BT=BT, BC=BC, HAS_POSITIONS=positions is not None, HAS_HISTORY=history is not None,
-        STAGES=STAGES, num_warps=WARPS,
+        C0=C0, C1=C1, C2=C2, W=W, BT=FORWARD_BT, BC=BC,
+        HAS_POSITIONS=positions is not None, HAS_HISTORY=history is not None,
+        STAGES=FORWARD_STAGES, num_warps=WARPS,
     )  # fmt: skip
     return pieces, last
 
@@ -264,12 +308,13 @@ def short_conv_backward(
     positions = None if positions is None else positions.contiguous()
     grads = [grad.contiguous() for grad in grads]
     dx = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
-    programs = triton.cdiv(T, BT)
+    programs = triton.cdiv(T, BACKWARD_BT)
     dweight = torch.empty(B, programs, W, C, dtype=torch.float32, device=x.device)
     (C0, C1, C2), (dy0, dy1, dy2) = _three(sizes, 0), _three(grads, grads[0])
     backward_kernel[(sum(triton.cdiv(size, BC) for size in sizes), programs, B)](
         x, weight.contiguous(), positions, dy0, dy1, dy2, dx, dweight, T, x.stride(0), x.stride(1), T,
-        C0=C0, C1=C1, C2=C2, W=W, BT=BT, BC=BC, HAS_POSITIONS=positions is not None, STAGES=STAGES, num_warps=WARPS,
+        C0=C0, C1=C1, C2=C2, W=W, BT=BACKWARD_BT, BC=BC,
+        HAS_POSITIONS=positions is not None, STAGES=BACKWARD_STAGES, num_warps=WARPS,
     )  # fmt: skip
     return dx, dweight.sum((0, 1)).t().contiguous().to(weight.dtype)
 
