@@ -13,8 +13,6 @@ Nothing is subtracted, so nothing cancels and nothing overflows. The spans of a 
     level  h = N/2, N/4, ... 1: sub-blocks of h rows, taken in couples (even, odd)
            i in the odd one, p its first row: rows p..i; j in the even one: rows j+1..p-1
 
-Backward, levels N/8 ... 1 have no matrices: their sums are taken in registers (leaf.py).
-
 A pair of rows i > j of one block falls into exactly one couple of exactly one level, and its decay is the product of
 the two. A pair of rows of two blocks decays by the tail of one, the head of the other, and all of the blocks between.
 
@@ -30,20 +28,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .leaf import row_order
-
 
 @functools.cache
 def span_table(N: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The span matrices M [5, N, N] of N rows, both axes in row_order: head, tail, levels N/2 and N/4, and the row
-    alone."""
-    rows = row_order(torch.arange(N), N)
-    i, s = rows[:, None], rows[None]
+    """The span matrices M [2 + log2 N, N, N] of N rows: head, tail, then the levels N/2 ... 1."""
+    i, s = torch.arange(N)[:, None], torch.arange(N)[None]
     spans = [s <= i, s > i]
-    for h in (N // 2, N // 4):
+    h = N // 2
+    while h:
         odd, start = (i // h) % 2 == 1, i // h * h
         spans.append(torch.where(odd, (s >= start) & (s <= i), (s > i) & (s < start + h)))
-    return torch.stack([*spans, s == i]).to(device, dtype)
+        h //= 2
+    return torch.stack(spans).to(device, dtype)
 
 
 @functools.cache
@@ -135,17 +131,11 @@ def leaf_factors(row, col, hi, lo):
 
 
 @triton.jit
-def span_exponent_transposed(spans, m, hi, lo, N: tl.constexpr):
-    """M_m x as a tile [BK, N], channel by row; x = hi + lo [BK, N] fp16, spans [.., N, N] fp16."""
+def span_factor_transposed(spans, m, hi, lo, N: tl.constexpr):
+    """exp2(M_m x) as a tile [BK, N], channel by row; x = hi + lo [BK, N] fp16, spans [.., N, N] fp16."""
     i = tl.arange(0, N)
     M = tl.trans(tl.load(spans + m * N * N + i[:, None] * N + i[None, :]))
-    return tl.dot(lo, M, tl.dot(hi, M))
-
-
-@triton.jit
-def span_factor_transposed(spans, m, hi, lo, N: tl.constexpr):
-    """exp2(M_m x), as above."""
-    return tl.exp2(span_exponent_transposed(spans, m, hi, lo, N))
+    return tl.exp2(tl.dot(lo, M, tl.dot(hi, M)))
 
 
 @triton.jit

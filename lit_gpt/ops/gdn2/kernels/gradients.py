@@ -24,8 +24,6 @@ and those of Wq and Wt that belong to it:
     P = Yq Wq     R = Ye Wt     later rows: dq += f P, de += f R     earlier rows: dk += f (P + R)
     every row: f df = Yq P + Ye R
 
-The last levels, of rows that a thread has all of, need no products: leaf.py.
-
 dg sums f df of every factor over its span (decay.py). Then db = k de, dk += b de, and the chain through the L2 norm
 and the gate.
 """
@@ -39,12 +37,10 @@ from .decay import (
     gate_backward,
     log_decay,
     log_decay_backward,
-    span_exponent_transposed,
     span_factor_transposed,
     span_sum_transposed,
     split_log2,
 )
-from .leaf import couple_gradients, from_rows, in_row_order, rows_of
 
 
 @triton.jit
@@ -164,7 +160,7 @@ def input_gradients_kernel(
     dq, dk, db, dg [T, HV, K], and with a gate partial sums dA_log [chunks, HV, 2, KP / BK], dbias [chunks, HV, 2,
     KP]."""
     N: tl.constexpr = C // 2
-    LEAF: tl.constexpr = N // 4
+    LEVELS: tl.constexpr = 5 if N == 32 else 4
     tile, half, n, hv = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1), tl.program_id(2)
     start = tl.load(chunk_start + n).to(tl.int64)
     rows = tl.load(chunk_rows + n)
@@ -173,11 +169,10 @@ def input_gradients_kernel(
     h = hv // (HV // H)
     base = n.to(tl.int64) * HV + hv
     own, other = half * N, N - half * N
-    c, d = tl.arange(0, N), (tile * BK + tl.arange(0, BK))[:, None]
-    i = c % 8 // 2 * LEAF + c // 8 * 2 + c % 2  # row_order
+    i, d = tl.arange(0, N), (tile * BK + tl.arange(0, BK))[:, None]
     row, col = i[:, None], i[None, :]
     mask = (own + col < rows) & (d < K)
-    at, at_hv, local = d + col * (H * K), d + col * (HV * K), d + c[None, :] * KP
+    at, at_hv, local = d + col * (H * K), d + col * (HV * K), d + col * KP
     q += ((start + own) * H + h) * K
     k += ((start + own) * H + h) * K
     b += ((start + own) * HV + hv) * K
@@ -186,8 +181,8 @@ def input_gradients_kernel(
     row_sums += base * 3 * C + own
     across += base * 3 * N * KP
     decays += (base * (C // 16 + 1) + (1 - half) * (N // 16)) * KP + d
-    square = base * C * C + own * C + row * C + c[None, :]
-    at_kp = base * C * KP + own * KP + d + col * KP
+    square = base * C * C + own * C + row * C + col
+    at_kp = base * C * KP + own * KP + local
 
     # Everything is asked for before anything is waited for. A row of the later half meets k of the earlier; one of the
     # earlier half q and e of the later.
@@ -225,17 +220,16 @@ def input_gradients_kernel(
     dks = dks * f
     dgs = span_sum_transposed(spans_transposed, 1, ks * dks, dgs, N, PRECISION)
 
-    Wq_own, Wt_own = Wq, Wt
     Wq += own + square
     Wt += own + square
     zero = tl.zeros([BK, N], tl.float32)
-    for level in range(2):
+    for level in range(LEVELS):
         block = N >> (level + 1)
         f = span_factor_transposed(spans, 2 + level, hi, lo, N)
         odd = (col & block) != 0
-        couple = ((row ^ c[None, :]) & -block) == block
-        wq = in_row_order(tl.where(couple, tl.load(Wq), 0.0))
-        wt = in_row_order(tl.where(couple, tl.load(Wt), 0.0))
+        couple = ((row ^ col) & -block) == block
+        wq = tl.where(couple, tl.load(Wq), 0.0)
+        wt = tl.where(couple, tl.load(Wt), 0.0)
         f_odd, f_even = tl.where(odd, f, 0.0), tl.where(odd, 0.0, f)
         kf = ks * f_even
         yq, ye = qs * f_odd + kf, es * f_odd + kf
@@ -245,18 +239,6 @@ def input_gradients_kernel(
         dqs += P * f_odd
         des += R * f_odd
         dks += (P + R) * f_even
-
-    x = rows_of(span_exponent_transposed(spans, 4, hi, lo, N))
-    q_rows, k_rows, e_rows = rows_of(qs), rows_of(ks), rows_of(es)
-    dq_rows, de_rows, dk_rows, dg_rows = rows_of(dqs), rows_of(des), rows_of(dks), rows_of(dgs)
-    corners = base * C * C + own * (C + 1) + tl.arange(0, 4)[None, :] * (LEAF * (C + 1))
-    for level in tl.static_range(3 if LEAF == 8 else 2):
-        for couple in tl.static_range(1 << level):
-            dq_rows, de_rows, dk_rows, dg_rows = couple_gradients(
-                q_rows, k_rows, e_rows, x, dq_rows, de_rows, dk_rows, dg_rows, Wq_own + corners, Wt_own + corners,
-                couple * (LEAF >> level), LEAF >> (level + 1), C,
-            )  # fmt: skip
-    dqs, des, dks, dgs = from_rows(dq_rows, N), from_rows(de_rows, N), from_rows(dk_rows, N), from_rows(dg_rows, N)
 
     # Loaded anew rather than kept: registers are what this kernel is short of.
     tl.debug_barrier()
