@@ -166,8 +166,8 @@ def test_kernels_compile(arch):
     constants = {"C0": 256, "C1": 256, "C2": 512, "W": 4, "BC": K.BC, "HAS_POSITIONS": True}
     forward = {**constants, "BT": K.FORWARD_BT, "STAGES": K.FORWARD_STAGES, "HAS_HISTORY": True}
     backward = {**constants, "BT": K.BACKWARD_BT, "STAGES": K.BACKWARD_STAGES}
-    for kernel, constants in ((K.forward_kernel, forward), (K.backward_kernel, backward)):
-        assert compile_for(kernel, arch, types, constants, K.WARPS).count("st.global.v") >= 4
+    for kernel, named in ((K.forward_kernel, forward), (K.backward_kernel, backward)):
+        assert compile_for(kernel, arch, types, named, K.WARPS).count("st.global.v") >= 4
 
 
 @pytest.mark.gpu
